@@ -1,0 +1,247 @@
+"""Turn a plain model into one that works on latitude slabs, without touching its code or its names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from torch import nn
+
+from credit.domain_parallel.layers import (
+    DomainParallelConv2d,
+    DomainParallelConv3d,
+    DomainParallelConvTranspose2d,
+    DomainParallelConvTranspose3d,
+    DomainParallelGroupNorm,
+    DomainParallelInterpolate,
+    DomainParallelLayer,
+)
+from credit.domain_parallel.lengths import Lengths
+from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager
+
+logger = logging.getLogger(__name__)
+
+Converter = Callable[[nn.Module], nn.Module]
+
+
+def _reads_other_rows(conv: nn.Module, axis: int) -> bool:
+    if conv.kernel_size[axis] > 1 or conv.stride[axis] > 1:
+        return True
+    padding = conv.padding if isinstance(conv.padding, str) else conv.padding[axis]
+    return padding not in (0, "same", "valid")
+
+
+def _needs_halo_conv2d(conv: nn.Conv2d) -> bool:
+    """True if an output row of `conv` is not made of the input row of the same number alone."""
+    return _reads_other_rows(conv, 0)
+
+
+def _needs_halo_conv3d(conv: nn.Conv3d) -> bool:
+    """`_needs_halo_conv2d` for latitude in (level, latitude, longitude)."""
+    return _reads_other_rows(conv, 1)
+
+
+def _needs_halo_conv_transpose2d(conv: nn.ConvTranspose2d) -> bool:
+    """True unless output row i is made of input row i alone.
+
+    Kernel = stride is not enough: twice 91 and 90 rows are 182 and 180, but 362 rows are owned 181 and 181.
+    """
+    return _reads_other_rows(conv, 0) or conv.output_padding[0] > 0
+
+
+def _needs_halo_conv_transpose3d(conv: nn.ConvTranspose3d) -> bool:
+    """`_needs_halo_conv_transpose2d` for latitude in (level, latitude, longitude)."""
+    return _reads_other_rows(conv, 1) or conv.output_padding[1] > 0
+
+
+def _replace_module(parent: nn.Module, name: str, old_module: nn.Module, new_module: nn.Module) -> None:
+    """Put `new_module` where `parent` has `old_module`, keeping train or eval mode."""
+    new_module.train(old_module.training)
+    parent._modules[name] = new_module
+
+
+# For each layer with an exact rule: does this one need it, and the rule.
+_RULES: dict[type[nn.Module], tuple[Callable[[nn.Module], bool], Callable[..., nn.Module]]] = {
+    nn.Conv2d: (_needs_halo_conv2d, DomainParallelConv2d),
+    nn.Conv3d: (_needs_halo_conv3d, lambda conv, dim: DomainParallelConv3d(conv, dim)),
+    nn.ConvTranspose2d: (_needs_halo_conv_transpose2d, DomainParallelConvTranspose2d),
+    nn.ConvTranspose3d: (_needs_halo_conv_transpose3d, DomainParallelConvTranspose3d),
+    nn.GroupNorm: (lambda norm: True, DomainParallelGroupNorm),
+    nn.Upsample: (lambda upsample: True, DomainParallelInterpolate.from_upsample),
+}
+
+# Layers that mix rows and have no exact rule yet. A wrong number would be silent, so they are refused.
+_REFUSED: tuple[type[nn.Module], ...] = (
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._LPPoolNd,
+    nn.modules.pooling._MaxUnpoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
+    nn.modules.batchnorm._NormBase,
+    nn.modules.padding._ConstantPadNd,
+    nn.modules.padding._ReflectionPadNd,
+    nn.modules.padding._ReplicationPadNd,
+    nn.modules.padding._CircularPadNd,
+    nn.modules.conv._ConvNd,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.Fold,
+    nn.Unfold,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.LocalResponseNorm,
+)
+
+
+def convert_to_domain_parallel(
+    model: nn.Module,
+    manager: DomainParallelManager | None,
+    shard_dim: int = -2,
+    custom_converters: dict[type[nn.Module], Converter] | None = None,
+) -> nn.Module:
+    """Make `model` compute, on latitude slabs, what it computes on whole fields. In place.
+
+    Convolutions, transposed convolutions, GroupNorm and Upsample get the rows they need from the domain
+    group. Names of parameters, shared modules, hooks and parametrizations stay; a second conversion changes
+    nothing; with one domain rank or no manager the plain model is returned. Layers that act row by row (1x1
+    convolutions, activations, dropout, channel norms) are left alone.
+
+    A type that wraps a convolution of its own is given as a whole:
+
+        convert_to_domain_parallel(model, manager, custom_converters={PeriodicConv2d: DomainParallelPeriodicConv2d})
+
+    Args:
+        model: the plain model.
+        manager: whose domain group shares the fields.
+        shard_dim: the sharded axis, counted from the end: -2 for latitude in (..., latitude, longitude).
+        custom_converters: replacement for modules of these very types; their children are left alone.
+
+    Returns:
+        `model`, or its replacement if a custom converter took the root itself.
+
+    Raises:
+        DomainParallelError: naming every module that mixes rows and has no exact rule.
+    """
+    if manager is None or manager.domain_world_size == 1 or getattr(model, "_domain_lengths", None):
+        return model
+    if shard_dim >= 0:
+        raise ValueError(f"shard_dim counts from the end of a field, -2 for latitude; got {shard_dim}")
+    refusals: list[str] = []
+    sites = _find_sites(model, shard_dim, custom_converters or {}, refusals)
+    if refusals:
+        raise DomainParallelError(
+            f"{type(model).__name__} cannot be sharded along axis {shard_dim}:\n"
+            + "\n".join(f"  {line}" for line in refusals)
+            + "\nReplace these modules, or give their types to custom_converters; or use domain: 1."
+        )
+    lengths = Lengths(manager, shard_dim)
+    for path, module, convert in sites:
+        layer = convert(module)
+        if isinstance(layer, DomainParallelLayer):
+            layer.bind(manager, lengths, path or type(module).__name__)
+        if layer.__dict__ is module.__dict__:
+            module.__class__ = type(layer)
+        elif path:
+            _replace_everywhere(model, module, layer)
+        else:
+            model = layer
+    model._domain_lengths = lengths
+    model.register_forward_pre_hook(lengths.open, prepend=True, with_kwargs=True)
+    model.register_forward_hook(lengths.close, always_call=True)
+    logger.debug("domain parallel over %d ranks: %d layers exchange rows", manager.domain_world_size, len(sites))
+    return model
+
+
+def _find_sites(
+    model: nn.Module, shard_dim: int, custom: dict[type[nn.Module], Converter], refusals: list[str]
+) -> list[tuple[str, nn.Module, Converter]]:
+    """Every module to convert, once, with its path; what cannot be converted is described in `refusals`."""
+    sites: list[tuple[str, nn.Module, Converter]] = []
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, path: str) -> None:
+        if module in seen or isinstance(module, DomainParallelLayer):
+            return
+        seen.add(module)
+        if type(module) in custom:
+            sites.append((path, module, custom[type(module)]))
+            return
+        plain = next((kind for kind in _RULES if isinstance(module, kind)), None)
+        if plain is not None and _overridden(type(module), plain):
+            refusals.append(f"{path or 'model'}: {type(module).__name__} changes the forward of {plain.__name__}")
+        elif plain is not None:
+            needed, rule = _RULES[plain]
+            if needed(module):
+                sites.append((path, module, lambda m, rule=rule: rule(m, shard_dim)))
+        elif isinstance(module, _REFUSED) or _spatial_layer_norm(module):
+            refusals.append(f"{path or 'model'}: {module} mixes rows and has no exact rule yet")
+        for name, child in module.named_children():
+            walk(child, f"{path}.{name}" if path else name)
+
+    walk(model, "")
+    return sites
+
+
+def _overridden(kind: type[nn.Module], plain: type[nn.Module]) -> bool:
+    names = ("forward", "_conv_forward")
+    return any(getattr(kind, name, None) is not getattr(plain, name, None) for name in names)
+
+
+def _spatial_layer_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) > 1
+
+
+def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                _replace_module(parent, name, old, new)
+
+
+def validate_sharding_constraints(model: nn.Module, local_h: int, window_sizes: list[int] | None = None) -> list[str]:
+    """Check that the rows of a rank hold whole attention windows at every level of an encoder.
+
+    Level i works on local_h divided by the strides of the first i + 1 strided convolutions (those side by side
+    in one ModuleList, as in a cross-scale embedding, count once).
+
+    Args:
+        model: looked through for strided convolutions, and for `window_size` attributes.
+        local_h: rows per rank.
+        window_sizes: rows of the windows at each level; None takes those found in the model.
+
+    Returns:
+        One warning a level that does not fit; empty if all do.
+    """
+    strides = _encoder_strides(model)
+    if window_sizes is None:
+        window_sizes = _window_sizes(model)
+    warnings = []
+    for level, window in enumerate(window_sizes):
+        total = 1
+        for stride in strides[: level + 1]:
+            total *= stride
+        if local_h % total:
+            warnings.append(f"level {level}: {local_h} local rows do not divide by the encoder's stride of {total}")
+        elif (local_h // total) % window:
+            warnings.append(f"level {level}: {local_h // total} local rows do not divide into windows of {window} rows")
+    return warnings
+
+
+def _encoder_strides(model: nn.Module) -> list[int]:
+    strides: list[int] = []
+    counted: set[nn.Module] = set()
+    for parent in model.modules():
+        convs = [child for child in parent.children() if isinstance(child, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+        strided = [conv for conv in convs if conv.stride[max(len(conv.stride) - 2, 0)] > 1 and conv not in counted]
+        counted.update(strided)
+        along_h = [conv.stride[max(len(conv.stride) - 2, 0)] for conv in strided]
+        strides += along_h[:1] if isinstance(parent, nn.ModuleList) else along_h
+    return strides
+
+
+def _window_sizes(model: nn.Module) -> list[int]:
+    found = [getattr(module, "window_size", None) for module in model.modules()]
+    return [size[0] if isinstance(size, list | tuple) else size for size in found if size is not None]

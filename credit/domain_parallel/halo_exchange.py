@@ -1,0 +1,181 @@
+"""The one communication primitive: give every rank the rows its operator reads, differentiably.
+
+`exchange` executes any `Plan`; its backward is the transposed plan (send the gradient of received rows back
+to their owner and add). With F the exchange, <F x, y> = <x, F* y> holds to rounding. `HaloExchange` is the
+symmetric case of the reference API.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from credit.domain_parallel.lengths import global_length
+from credit.domain_parallel.manager import (
+    DomainParallelError,
+    DomainParallelManager,
+    get_domain_parallel_manager,
+)
+from credit.domain_parallel.partition import FILL, Plan, Window, make_plan
+
+
+def exchange(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager) -> Tensor:
+    """The rows of the global field that `plan` asks for, as one tensor.
+
+    Args:
+        x: this rank's shard, `plan.shard` rows along `dim`.
+        plan: made by `make_plan` for this rank.
+        dim: the sharded axis.
+        manager: gives the domain group and counts the traffic.
+
+    Returns:
+        A tensor of `plan.rows` rows along `dim`; `x` itself where it already is what is needed.
+    """
+    if plan.is_identity:
+        return x
+    return _Exchange.apply(x, plan, dim % x.ndim, manager)
+
+
+def _swap(
+    outgoing: dict[int, Tensor], incoming: dict[int, list[int]], like: Tensor, manager: DomainParallelManager
+) -> dict[int, Tensor]:
+    """One message to each peer of `outgoing`, one from each of `incoming` (peer: shape)."""
+    received = {peer: like.new_empty(shape) for peer, shape in incoming.items()}
+    group = manager.domain_group
+    ops = []
+    for peer, tensor in outgoing.items():
+        if tensor.numel():
+            ops.append(dist.P2POp(dist.isend, tensor.contiguous(), manager.global_rank(peer), group))
+            manager.traffic.messages += 1
+            manager.traffic.bytes += tensor.numel() * tensor.element_size()
+    for peer, tensor in received.items():
+        if tensor.numel():
+            ops.append(dist.P2POp(dist.irecv, tensor, manager.global_rank(peer), group))
+    if ops:
+        for request in dist.batch_isend_irecv(ops):
+            request.wait()
+    return received
+
+
+def _with_rows(shape: torch.Size, dim: int, rows: int) -> list[int]:
+    return [*shape[:dim], rows, *shape[dim + 1 :]]
+
+
+def _gather_rows(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager) -> Tensor:
+    outgoing = {
+        peer: torch.cat([x.narrow(dim, first, count) for first, count in runs], dim)
+        for peer, runs in plan.sends.items()
+    }
+    shapes = {peer: _with_rows(x.shape, dim, rows) for peer, rows in plan.receives.items()}
+    source = {plan.rank: x, **_swap(outgoing, shapes, x, manager)}
+    pieces = []
+    for piece in plan.pieces:
+        if piece.source == FILL:
+            pieces.append(x.new_zeros(_with_rows(x.shape, dim, piece.count)))
+        elif piece.step == 1:
+            pieces.append(source[piece.source].narrow(dim, piece.first, piece.count))
+        else:
+            lowest = piece.first - piece.count + 1
+            pieces.append(source[piece.source].narrow(dim, lowest, piece.count).flip(dim))
+    return torch.cat(pieces, dim)
+
+
+def _scatter_add_rows(grad: Tensor, plan: Plan, dim: int, manager: DomainParallelManager) -> Tensor:
+    """The transpose of `_gather_rows`."""
+    totals = {
+        peer: grad.new_zeros(_with_rows(grad.shape, dim, rows))
+        for peer, rows in {**plan.receives, plan.rank: plan.shard}.items()
+    }
+    position = 0
+    for piece in plan.pieces:
+        rows = grad.narrow(dim, position, piece.count)
+        position += piece.count
+        if piece.source == FILL:
+            continue
+        lowest = piece.first if piece.step == 1 else piece.first - piece.count + 1
+        totals[piece.source].narrow(dim, lowest, piece.count).add_(rows if piece.step == 1 else rows.flip(dim))
+    own = totals.pop(plan.rank)
+    counts = {peer: sum(count for _, count in runs) for peer, runs in plan.sends.items()}
+    shapes = {peer: _with_rows(grad.shape, dim, rows) for peer, rows in counts.items()}
+    for peer, message in _swap(totals, shapes, grad, manager).items():
+        position = 0
+        for first, count in plan.sends[peer]:
+            own.narrow(dim, first, count).add_(message.narrow(dim, position, count))
+            position += count
+    return own
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager) -> Tensor:
+        ctx.geometry = plan, dim, manager
+        return _gather_rows(x, plan, dim, manager)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _ExchangeTransposed.apply(grad, *ctx.geometry), None, None, None
+
+
+class _ExchangeTransposed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, plan: Plan, dim: int, manager: DomainParallelManager) -> Tensor:
+        ctx.geometry = plan, dim, manager
+        return _scatter_add_rows(grad, plan, dim, manager)
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
+        return _Exchange.apply(x, *ctx.geometry), None, None, None
+
+
+class _HaloExchangeFunction(torch.autograd.Function):
+    """Symmetric halo exchange as an autograd function; see `HaloExchange`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, halo_width: int, dim: int, manager: DomainParallelManager) -> Tensor:
+        length = global_length(x.shape[dim], manager, "HaloExchange")
+        window = Window(kernel=2 * halo_width + 1, before=halo_width, after=halo_width)
+        plan = make_plan(window, length, manager.domain_world_size, manager.domain_rank)
+        ctx.geometry = plan, dim % x.ndim, manager
+        return _gather_rows(x, *ctx.geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return _ExchangeTransposed.apply(grad_output, *ctx.geometry), None, None, None
+
+
+class HaloExchange(nn.Module):
+    """Put `halo_width` rows of the neighbours before and after the shard, and zeros past the poles.
+
+    Rows come from several ranks away where a shard is lower than the halo. Uses the global manager; without
+    one, or with one domain rank, only the zeros are added.
+
+    Args:
+        halo_width: rows on each side.
+        dim: the sharded axis, -2 for latitude in (..., latitude, longitude).
+    """
+
+    def __init__(self, halo_width: int, dim: int = -2) -> None:
+        super().__init__()
+        if halo_width < 0:
+            raise ValueError(f"halo_width must not be negative, got {halo_width}")
+        self.halo_width = halo_width
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., rows, ...) to (..., halo_width + rows + halo_width, ...)."""
+        manager = get_domain_parallel_manager()
+        if manager is None or manager.domain_world_size == 1:
+            zeros = x.new_zeros(_with_rows(x.shape, self.dim % x.ndim, self.halo_width))
+            return torch.cat([zeros, x, zeros], self.dim)
+        return _HaloExchangeFunction.apply(x, self.halo_width, self.dim, manager)
+
+    @staticmethod
+    def trim(x: Tensor, halo_before: int, halo_after: int, dim: int = -2) -> Tensor:
+        """`x` without its first `halo_before` and last `halo_after` rows along `dim`."""
+        rows = x.shape[dim] - halo_before - halo_after
+        if min(halo_before, halo_after, rows) < 0:
+            raise DomainParallelError(f"cannot trim {halo_before} + {halo_after} of {x.shape[dim]} rows")
+        return x.narrow(dim, halo_before, rows)

@@ -1,0 +1,71 @@
+"""sharded == plain: output, input gradient and every parameter gradient. Runs on ranks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from credit.domain_parallel import DomainParallelManager, convert_to_domain_parallel, shard_tensor
+from credit.domain_parallel.manager import set_domain_parallel_manager
+
+Convert = Callable[[nn.Module, DomainParallelManager], nn.Module]
+
+
+@cache
+def manager() -> DomainParallelManager:
+    world = dist.get_world_size()
+    return set_domain_parallel_manager(DomainParallelManager(world, world))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """max |a - b| / max |b|; infinite if the shapes differ."""
+    if a.shape != b.shape:
+        return float("inf")
+    a, b = a.detach(), b.detach()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if b.numel() else 0.0
+
+
+def errors(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    convert: Convert = convert_to_domain_parallel,
+    dtype: torch.dtype = torch.float64,
+    dim: int = -2,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Relative errors on this rank of `model` converted, against `model` on the whole field.
+
+    The cotangent is random: a mean would have near-uniform gradients, which hide misplaced rows.
+    """
+    torch.manual_seed(seed)
+    plain = model.to(dtype)
+    sharded = convert(copy.deepcopy(plain), manager())
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    y = plain(x)
+    cotangent = torch.randn_like(y)
+    y.backward(cotangent)
+    x_local = shard_tensor(x.detach(), dim, manager()).requires_grad_()
+    y_local = sharded(x_local)
+    y_local.backward(shard_tensor(cotangent, dim, manager()))
+    found = {
+        "output": relative(y_local, shard_tensor(y, dim, manager())),
+        "input gradient": relative(x_local.grad, shard_tensor(x.grad, dim, manager())),
+    }
+    ours = dict(sharded.named_parameters())
+    for name, parameter in plain.named_parameters():
+        total = ours.pop(name).grad.clone()
+        dist.all_reduce(total)
+        found[name] = relative(total, parameter.grad)
+    assert not ours, f"new parameter names: {list(ours)}"
+    return found
+
+
+def case_errors(kind: str, arguments: tuple, options: dict, shape: tuple[int, ...], seed: int = 0) -> dict[str, float]:
+    """`errors` of torch.nn's layer `kind`."""
+    torch.manual_seed(seed)
+    return errors(getattr(nn, kind)(*arguments, **options), shape, seed=seed)

@@ -1,0 +1,91 @@
+"""Real gloo ranks for tests: started once, kept alive, and given one function after another.
+
+    results = world.run(function, *args)     # function(*args) on every rank; the results, by rank
+
+A function that raises on any rank fails the test with that rank's traceback; a rank that does not answer
+in time has the whole world killed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+_context = mp.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "credit.domain_parallel"])
+
+RANK_TIMEOUT_S = 60
+
+
+class RankError(AssertionError):
+    """One or more ranks raised; `errors` maps rank to exception."""
+
+    def __init__(self, errors: dict[int, tuple[BaseException, str]]) -> None:
+        self.errors = {rank: error for rank, (error, _) in errors.items()}
+        super().__init__("\n".join(f"--- rank {rank}\n{text}" for rank, (_, text) in errors.items()))
+
+
+class World:
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._store = tempfile.NamedTemporaryFile(prefix="credit-ranks-")  # noqa: SIM115
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            ours, theirs = _context.Pipe()
+            process = _context.Process(target=_serve, args=(rank, size, self._store.name, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send((function, args, kwargs))
+        results: list[Any] = []
+        errors: dict[int, tuple[BaseException, str]] = {}
+        deadline = time.monotonic() + timeout
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(max(deadline - time.monotonic(), 0)):
+                self.close()
+                raise TimeoutError(f"rank {rank} of {self.size} gave no answer in {timeout} s")
+            ok, value = pipe.recv()
+            results.append(value)
+            if not ok:
+                errors[rank] = value
+        if errors:
+            raise RankError(errors)
+        return results
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+
+def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
+    timeout = timedelta(seconds=RANK_TIMEOUT_S)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
+    while True:
+        try:
+            function, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*args, **kwargs)))
+        except Exception as error:
+            pipe.send((False, (error, traceback.format_exc())))
