@@ -1,0 +1,1 @@
+"""Parallelism over a DeviceMesh (dp, tp, domain), applied to plain models from outside."""

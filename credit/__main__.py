@@ -1,0 +1,3 @@
+from credit.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,150 @@
+"""The command `credit`, also `python -m credit`. Verbs import what they need, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from credit import __version__
+from credit.errors import ConfigError, CreditError
+
+EXAMPLES = """examples:
+  credit train configs/era5_sample.yaml
+  torchrun --nproc-per-node 4 -m credit train configs/quickstart.yaml
+  torchrun --nproc-per-node 2 -m credit forecast configs/quickstart.yaml --set trainer.parallelism.data=none
+  credit score configs/quickstart.yaml
+  credit data stats my.yaml
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; the exit code: 0, 2 for an error the user can mend (printed as a paragraph)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.verb(arguments)
+    except Exception as error:
+        if not isinstance(error, _user_errors()):
+            raise
+        # All ranks know the same error by now: one says it. Without ranks this is the only process.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"credit: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    if "torch" not in sys.modules:
+        return (CreditError,)
+    from credit.parallel.collectives import USER_ERRORS
+
+    return USER_ERRORS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="credit",
+        description="Train weather models over a mesh of devices (dp, tp, domain), with the numbers of one device.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"credit {__version__}")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    train = _verb(verbs, "train", _train, "train the model; run the same command again to resume")
+    train.add_argument("--dry-run", action="store_true", help="check config, data and layout, print them, and stop")
+    train.add_argument("--ranks", type=int, default=None, help="with --dry-run: lay out this many ranks")
+    _verb(verbs, "forecast", _forecast, "forecast the test period with the newest checkpoint, into forecast.zarr")
+    _verb(verbs, "score", _score, "RMSE and ACC of forecast.zarr: a table, scores.csv, and pictures")
+    data = verbs.add_parser("data", help="make data, and statistics of data")
+    kinds = data.add_subparsers(title="verbs", required=True, metavar="VERB")
+    _verb(kinds, "stats", _stats, "write the normalisation statistics of the training period")
+    demo = kinds.add_parser("demo", help="write the demo weather, a CF zarr store")
+    demo.add_argument("path", type=Path)
+    demo.add_argument("--states", type=int, default=600, help="6-hourly states (default: 600)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(verb=_demo)
+    return parser
+
+
+def _verb(verbs: Any, name: str, function: Any, summary: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=summary, description=summary)
+    parser.add_argument("config", help="a YAML config, see configs/")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a value of the config, as in --set trainer.epochs=2; may be given again",
+    )
+    parser.set_defaults(verb=function)
+    return parser
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    from credit.config import load_config
+
+    return load_config(arguments.config, arguments.set)
+
+
+def _load_or_error(arguments: argparse.Namespace) -> Any:
+    """The config, or why it cannot be had: told to all ranks once they are joined."""
+    try:
+        return _load(arguments)
+    except ConfigError as error:
+        return error
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    if arguments.dry_run:
+        from credit.launch.dry_run import dry_run
+
+        print(dry_run(_load(arguments), arguments.ranks))
+        return
+    from credit.launch.job import start_job
+    from credit.training.train import train
+
+    with start_job(_load_or_error(arguments)) as job:
+        train(job)
+
+
+def _forecast(arguments: argparse.Namespace) -> None:
+    from credit.launch.job import start_job
+    from credit.training.forecast import forecast
+
+    with start_job(_load_or_error(arguments)) as job:
+        forecast(job)
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from credit.training.score import score
+
+    config = _load(arguments)
+    scores = score(config)
+    print(scores.table())
+    scores.save(config.run / "scores.csv")
+    try:
+        from credit.plots import plot_map, plot_scores
+    except ModuleNotFoundError as error:
+        print(f"no pictures: {error.name} is not installed (pip install 'credit-hpc[plots]')")
+        return
+    print(f"{plot_map(config, scores)} {plot_scores(config, scores)} {config.run / 'scores.csv'}")
+
+
+def _stats(arguments: argparse.Namespace) -> None:
+    from credit.data.prepare import write_statistics
+
+    statistics = write_statistics(_load(arguments))
+    for name, mean in statistics.mean.items():
+        change = statistics.increment_std.get(name)
+        step = "" if change is None else f"  change per step {change:.6g}"
+        print(f"{name}: mean {mean:.6g}  std {statistics.std[name]:.6g}{step}")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from credit.data.demo import write_demo
+    from credit.data.prepare import printer
+
+    arguments.path.parent.mkdir(parents=True, exist_ok=True)
+    write_demo(arguments.path, states=arguments.states, seed=arguments.seed, progress=printer(str(arguments.path)))

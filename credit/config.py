@@ -1,0 +1,243 @@
+"""The config file: every key, its type, unit and default. Unknown keys are refused with the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from credit.errors import ConfigError
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Period = tuple[datetime, datetime]
+
+
+def parse_hours(value: Any) -> int:
+    """Hours of "6h" or "5d"."""
+    text = str(value).strip()
+    unit = {"h": 1, "d": 24}.get(text[-1:])
+    if unit is None or not text[:-1].isdigit() or int(text[:-1]) == 0:
+        raise ValueError(f'{value!r} is no duration; write hours or days, like "6h" or "5d"')
+    return int(text[:-1]) * unit
+
+
+class Data(_Block):
+    """Which fields, from where."""
+
+    path: str
+    """A zarr store or netCDF file (relative to the working directory); or "demo" or "era5-sample", which come
+    with the package."""
+    variables: Annotated[list[str], Field(min_length=1)]
+    """What the model predicts, by name in the store."""
+    levels: list[float] = []
+    """Levels to take of variables that have them, as the store numbers them."""
+    statics: list[str] = []
+    """Fields without time: from the store, or sin_latitude, cos_latitude, sin_longitude, cos_longitude."""
+    forcings: list[str] = []
+    """Given, not predicted, at the start of a step: from the store, or cos_zenith (the sun's)."""
+    step_hours: Annotated[int, Field(alias="step")]
+    """Time from input to output, such as "6h"."""
+    train: Period
+    valid: Period
+    test: Period
+    """Periods [from, to): a sample belongs to the period that holds both its times."""
+    gaps: Literal["refuse", "skip"] = "refuse"
+    """Times whose successor one step later is missing: refuse the store, or skip those times."""
+    stats: str | None = None
+    """Statistics written by `credit data stats`; stats.nc in the run directory by default."""
+    in_memory: bool = False
+    """Read this rank's rows of the whole store once, and keep them."""
+
+    @field_validator("step_hours", mode="before")
+    @classmethod
+    def _hours(cls, value: Any) -> int:
+        return parse_hours(value)
+
+    @field_validator("train", "valid", "test")
+    @classmethod
+    def _forwards(cls, period: Period) -> Period:
+        if period[0] >= period[1]:
+            raise ValueError(f"the period starts at {period[0]} and ends at {period[1]}")
+        return period
+
+    @model_validator(mode="after")
+    def _apart(self) -> Data:
+        periods = sorted([("train", self.train), ("valid", self.valid), ("test", self.test)], key=lambda p: p[1])
+        for (name, period), (other, later) in itertools.pairwise(periods):
+            if period[1] > later[0]:
+                raise ValueError(f"{name} and {other} share times: scores would be of what was trained on")
+        return self
+
+
+class UNet(_Block):
+    """`credit.models.unet.UNet`."""
+
+    name: Literal["unet"]
+    width: Annotated[int, Field(ge=1)] = 32
+    """Channels on the full grid; doubled at every level."""
+    levels: Annotated[int, Field(ge=0)] = 2
+    """How many times the grid is halved."""
+    blocks: Annotated[int, Field(ge=1)] = 1
+    """Residual blocks at each level, on the way down and on the way up."""
+    groups: Annotated[int, Field(ge=1)] = 8
+    """Groups of GroupNorm; must divide `width`."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> UNet:
+        if self.width % self.groups:
+            raise ValueError(f"groups {self.groups} does not divide width {self.width}")
+        return self
+
+
+class Parallelism(_Block):
+    """Ranks of the mesh (dp, tp, domain); dp is what the world leaves over."""
+
+    data: Literal["fsdp2", "ddp", "none"] = "none"
+    tensor: Annotated[int, Field(ge=1, strict=True)] = 1
+    domain: Annotated[int, Field(ge=1, strict=True)] = 1
+
+
+class Trainer(_Block):
+    """How to train."""
+
+    parallelism: Parallelism = Parallelism()
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
+    """Samples of one optimiser step, over all ranks: the loss curve does not depend on the mesh."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the gradient of one step."""
+    amp: Literal["none", "bf16"] = "none"
+    dtype: Literal["float32", "float64"] = "float32"
+    seed: int = 0
+    checkpoint_every: Annotated[int, Field(ge=1)] = 500
+    """Steps between checkpoints; there is one at the end too."""
+    timeout: Annotated[float, Field(gt=0)] = 600
+    """Seconds after which a rank stops waiting for its peers."""
+
+
+class Forecast(_Block):
+    """What `credit forecast` makes of the test period."""
+
+    lead_hours: Annotated[int, Field(alias="lead")]
+    """Length of a forecast, such as "5d"."""
+    every: Annotated[int, Field(ge=1)] = 1
+    """A forecast from every n-th start of the test period."""
+
+    @field_validator("lead_hours", mode="before")
+    @classmethod
+    def _hours(cls, value: Any) -> int:
+        return parse_hours(value)
+
+
+class Config(_Block):
+    """A whole config file."""
+
+    run: Path
+    """The run directory (relative to the working directory): everything is written there and nowhere else."""
+    data: Data
+    model: UNet
+    trainer: Trainer
+    forecast: Forecast
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        if self.forecast.lead_hours % self.data.step_hours:
+            raise ValueError(f"forecast.lead {self.forecast.lead_hours} h is not a multiple of data.step")
+        return self
+
+    @property
+    def stats_path(self) -> Path:
+        return Path(self.data.stats) if self.data.stats else self.run / "stats.nc"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it would stand in a file."""
+        values = self.model_dump(mode="json")
+        values["data"]["step"] = f"{values['data'].pop('step_hours')}h"
+        values["forecast"]["lead"] = f"{values['forecast'].pop('lead_hours')}h"
+        return values
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal configs, across processes."""
+        return hashlib.blake2b(yaml.safe_dump(self.to_dict()).encode(), digest_size=8).hexdigest()
+
+
+def load_config(path: str | Path, replace: Sequence[str] = ()) -> Config:
+    """Read and check a YAML config.
+
+    Args:
+        replace: assignments such as "trainer.epochs=2", made after reading; values are YAML.
+
+    Raises:
+        ConfigError: naming the file, and each key that is unknown, missing or of a wrong type.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold the keys {', '.join(Config.model_fields)}")
+    for assignment in replace:
+        _assign(raw, assignment)
+    return parse_config(raw, str(path))
+
+
+def _assign(raw: dict[str, Any], assignment: str) -> None:
+    key, equals, value = assignment.partition("=")
+    *parents, last = key.split(".")
+    if not equals or not last:
+        raise ConfigError(f"cannot set {assignment!r}: write it as trainer.epochs=2")
+    block = raw
+    for parent in parents:
+        block = block.setdefault(parent, {})
+        if not isinstance(block, dict):
+            raise ConfigError(f"cannot set {key}: {parent} is a value, not a block")
+    block[last] = yaml.safe_load(value)
+
+
+def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
+    """Check a config given as a dictionary; see `load_config`."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        found = [_explain(one) for one in error.errors()]
+        raise ConfigError(f"{origin}: " + "; ".join(found)) from None
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(map(str, error["loc"])) or "config"
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {where}; {hint}"
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    got = "" if error["type"] == "value_error" else f", got {error['input']!r}"
+    return f"{where}: {message[0].lower()}{message[1:]}{got}"
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys, as written in a file, of the block at a location."""
+    block: Any = Config
+    for key in location:
+        fields = {field.alias or name: field.annotation for name, field in block.model_fields.items()}
+        block = next(kind for kind in (fields[str(key)], *get_args(fields[str(key)])) if hasattr(kind, "model_fields"))
+    return [field.alias or name for name, field in block.model_fields.items()]

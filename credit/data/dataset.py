@@ -1,0 +1,90 @@
+"""From a store to batches of normalised tensors, on this rank's latitude rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from credit.config import Config
+from credit.data.sampler import Draw
+from credit.data.statistics import Statistics
+from credit.data.store import Channel, FieldStore, forcing_fields, static_fields, stored_names
+
+
+class Fields:
+    """What the config asks for of a store: channels, normalised, on `rows`.
+
+    Attributes:
+        predicted: channels of the state.
+        input_channels: state, forcings and statics.
+        increment_std: of the predicted channels over their std, (channel, 1, 1): the model's unit of change.
+    """
+
+    def __init__(self, config: Config, store: FieldStore, statistics: Statistics, rows: range) -> None:
+        data = config.data
+        self.config, self.store, self.rows, self.statistics = config, store, rows, statistics
+        self.predicted: list[Channel] = store.channels(data.variables, data.levels)
+        names = [channel.name for channel in self.predicted]
+        self._mean, self._std = (array[:, None, None] for array in statistics.arrays(names))
+        increments = np.array([statistics.increment_std[name] for name in names])[:, None, None]
+        self.increment_std = torch.from_numpy(increments / self._std).float()
+        self.input_channels = len(names) + len(data.forcings) + len(data.statics)
+        statics = self._scaled(static_fields(store, data.statics, rows)[None], data.statics)[0]
+        self._statics = torch.from_numpy(statics)
+        self._memory = store.read(self.predicted, range(len(store.times)), rows) if data.in_memory else None
+
+    def state(self, indices: list[int]) -> Tensor:
+        """Normalised state at times of the store: float32, (time, channel, row, longitude)."""
+        fields = (
+            self._memory[indices] if self._memory is not None else self.store.read(self.predicted, indices, self.rows)
+        )
+        return torch.from_numpy(((fields - self._mean) / self._std).astype(np.float32))
+
+    def given(self, times: np.ndarray) -> Tensor:
+        """Normalised forcings at `times`, and statics: float32, (time, forcing + static, row, longitude)."""
+        names = self.config.data.forcings
+        forcings = self._scaled(forcing_fields(self.store, names, times, self.rows), names)
+        return torch.cat([torch.from_numpy(forcings), self._statics.expand(len(times), -1, -1, -1)], dim=1)
+
+    def physical(self, state: Tensor) -> np.ndarray:
+        """A normalised state in its own units: float32, (..., channel, row, longitude)."""
+        return (state.double().cpu().numpy() * self._std + self._mean).astype(np.float32)
+
+    def _scaled(self, fields: np.ndarray, names: list[str]) -> np.ndarray:
+        """Fields from the store normalised; computed ones are of order one as they are."""
+        for i, name in enumerate(names):
+            if name in stored_names([name]):
+                fields[:, i] = (fields[:, i] - self.statistics.mean[name]) / self.statistics.std[name]
+        return fields
+
+
+class StepDataset(Dataset):
+    """Samples (x, y): the inputs at a start, and the change to one step later in units of `increment_std`.
+
+    A batch is a dictionary of `x` (batch, input channel, row, longitude), `y` (batch, predicted channel, row,
+    longitude), `weight` (batch,) and `sample` (batch,).
+    """
+
+    def __init__(self, fields: Fields, period: str) -> None:
+        data, store = fields.config.data, fields.store
+        self.fields = fields
+        self.starts = store.starts(getattr(data, period), data.step_hours, 1, data.gaps)
+        self._step = np.timedelta64(data.step_hours, "h")
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
+        starts = self.starts[[draw.sample for draw in draws]]
+        times = self.fields.store.times[starts]
+        after = np.searchsorted(self.fields.store.times, times + self._step)
+        both = self.fields.state([*starts.tolist(), *after.tolist()])
+        now, later = both[: len(draws)], both[len(draws) :]
+        return {
+            "x": torch.cat([now, self.fields.given(times)], dim=1),
+            "y": (later - now) / self.fields.increment_std,
+            "weight": torch.tensor([draw.weight for draw in draws]),
+            "sample": torch.tensor([draw.sample for draw in draws]),
+        }

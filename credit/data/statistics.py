@@ -1,0 +1,128 @@
+"""Normalisation statistics of the training period, area-weighted; written once, read by every rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from credit.config import Config
+from credit.data.store import Channel, FieldStore, stored_names
+from credit.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Means and standard deviations by channel, over the sphere and the training period.
+
+    Attributes:
+        mean, std: of every channel that is read, by name.
+        increment_std: root mean square of x(t + step) - x(t), of the predicted channels.
+        climatology: mean over the training times, float32, (channel, latitude, longitude), of the predicted ones.
+    """
+
+    mean: dict[str, float]
+    std: dict[str, float]
+    increment_std: dict[str, float]
+    climatology: xr.DataArray
+
+    def arrays(self, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(mean, std) of some channels, float64."""
+        return np.array([self.mean[name] for name in names]), np.array([self.std[name] for name in names])
+
+    def save(self, path: Path) -> None:
+        predicted = list(self.increment_std)
+        dataset = xr.Dataset(
+            {
+                "mean": ("channel", list(self.mean.values())),
+                "std": ("channel", list(self.std.values())),
+                "increment_std": ("predicted", [self.increment_std[name] for name in predicted]),
+                "climatology": self.climatology,
+            },
+            coords={"channel": list(self.mean), "predicted": predicted},
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        dataset.to_netcdf(partial, engine="netcdf4")
+        partial.rename(path)
+
+    @classmethod
+    def load(cls, path: Path, channels: list[str]) -> Statistics:
+        """Read what `save` wrote, for a config with these channels.
+
+        Raises:
+            DataError: if the file is missing, damaged, or lacks a channel.
+        """
+        remedy = "run `credit data stats CONFIG`"
+        if not path.exists():
+            raise DataError(f"there are no statistics at {path}: {remedy}")
+        try:
+            with xr.open_dataset(path, engine="netcdf4") as dataset:
+                loaded = dataset.load()
+            mean, std, increment_std = (
+                dict(zip(loaded[axis].values.tolist(), loaded[name].values.tolist(), strict=True))
+                for name, axis in (("mean", "channel"), ("std", "channel"), ("increment_std", "predicted"))
+            )
+        except (OSError, KeyError) as error:
+            raise DataError(f"{path} cannot be read as statistics ({error}): {remedy}") from None
+        missing = [name for name in channels if name not in mean]
+        if missing:
+            raise DataError(f"{path} has no statistics of {', '.join(missing)}: {remedy}")
+        return cls(mean, std, increment_std, loaded["climatology"])
+
+
+def compute_statistics(config: Config, store: FieldStore, progress: Callable[[int, int], None]) -> Statistics:
+    """Read the training period once; memory of two times of all channels.
+
+    Sums are shifted by the first field's mean, so that the variance of a field far from zero does not cancel.
+    """
+    data = config.data
+    predicted = store.channels(data.variables, data.levels)
+    others = store.channels(stored_names([*data.forcings, *data.statics]))
+    channels: list[Channel] = [*predicted, *others]
+    starts = store.starts(data.train, data.step_hours, 1, data.gaps)
+    successors = np.searchsorted(store.times, store.times[starts] + np.timedelta64(data.step_hours, "h"))
+    times = np.union1d(starts, successors)
+    rows = range(store.grid.shape[0])
+    weights = (store.grid.latitude_weights() / store.grid.shape[0] / store.grid.shape[1])[:, None]
+
+    def average(fields: np.ndarray) -> np.ndarray:
+        return (fields * weights).sum(axis=(-2, -1), dtype=np.float64)
+
+    first = store.read(channels, times[:1], rows)[0].astype(np.float64)
+    shift = average(first)[:, None, None]
+    total, square = np.zeros(len(channels)), np.zeros(len(channels))
+    increment, mean_field = np.zeros(len(predicted)), np.zeros_like(first[: len(predicted)])
+    later: dict[int, np.ndarray] = {}
+    after = dict(zip(starts.tolist(), successors.tolist(), strict=True))
+    for done, time in enumerate(times.tolist()):
+        field = store.read(channels, [time], rows)[0] - shift
+        total += average(field)
+        square += average(field**2)
+        mean_field += field[: len(predicted)]
+        if time in later:
+            increment += average((field[: len(predicted)] - later.pop(time)) ** 2)
+        if time in after:
+            later[after[time]] = field[: len(predicted)]
+        progress(done + 1, len(times))
+    mean = total / len(times)
+    std = np.sqrt(np.maximum(square / len(times) - mean**2, 0))
+    names = [channel.name for channel in channels]
+    constant = [name for name, deviation in zip(names, std, strict=True) if deviation == 0]
+    if constant:
+        raise DataError(f"{store.path}: {', '.join(constant)} is constant over the training period: leave it out")
+    rms_increment = np.sqrt(increment / len(starts))
+    return Statistics(
+        dict(zip(names, (mean + shift[:, 0, 0]).tolist(), strict=True)),
+        dict(zip(names, std.tolist(), strict=True)),
+        dict(zip(names, rms_increment.tolist(), strict=False)),
+        xr.DataArray(
+            (mean_field / len(times) + shift[: len(predicted)]).astype(np.float32),
+            dims=("predicted", "latitude", "longitude"),
+            coords={"latitude": store.grid.latitude, "longitude": store.grid.longitude},
+        ),
+    )

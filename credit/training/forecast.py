@@ -1,0 +1,134 @@
+"""Roll the trained model forward over the test period, on the mesh, into one CF zarr store."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+import zarr
+from torch import Tensor, nn
+
+import credit
+from credit.data.dataset import Fields
+from credit.data.sampler import DataParallelSampler
+from credit.domain_parallel import gather_tensor
+from credit.errors import CheckpointError
+from credit.launch.job import Job
+from credit.parallel.checkpoint import list_checkpoints, load_checkpoint
+from credit.parallel.collectives import together
+from credit.training.log import Progress
+from credit.training.train import prepare_model
+
+HOUR = np.timedelta64(1, "h")
+
+
+def forecast_path(run: Path) -> Path:
+    return run / "forecast.zarr"
+
+
+@torch.no_grad()
+def roll_out(
+    model: nn.Module, fields: Fields, starts: np.ndarray, steps: int, device: torch.device, dtype: torch.dtype
+):
+    """Yield the state after each of `steps` steps: normalised, (start, channel, local row, longitude), float64."""
+    step = np.timedelta64(fields.config.data.step_hours, "h")
+    increment_std = fields.increment_std.to(device, torch.float64)
+    state = fields.state(starts.tolist()).to(device, torch.float64)
+    for lead in range(steps):
+        given = fields.given(fields.store.times[starts] + lead * step).to(device, dtype)
+        change = model(torch.cat([state.to(dtype), given], dim=1))
+        state = state + change.double() * increment_std
+        yield state
+
+
+def forecast(job: Job) -> Path:
+    """Forecast from every start of the test period that `forecast.every` picks, with the newest checkpoint.
+
+    Replicas take different starts; the domain ranks of each work on one start together.
+
+    Returns:
+        The store, `forecast.zarr` in the run directory: (init_time, lead_time, [level,] latitude, longitude).
+    """
+    config = job.config
+    store, statistics = job.open_store()
+    with together("preparing the forecast"):
+        fields = Fields(config, store, statistics, job.rows(store.grid.shape[0]))
+        steps = config.forecast.lead_hours // config.data.step_hours
+        starts = store.starts(config.data.test, config.data.step_hours, steps, config.data.gaps)
+        starts = starts[:: config.forecast.every]
+        newest = next(reversed(list_checkpoints(config.run / "checkpoints")), None)
+        if newest is None:
+            raise CheckpointError(f"there is no checkpoint in {config.run / 'checkpoints'}: run `credit train` first")
+    model = prepare_model(job, fields).eval()
+    load_checkpoint(newest, model)
+    path = forecast_path(config.run)
+    partial = path.with_name(f".{path.name}.partial")
+    with together("creating the forecast store"):
+        if job.is_first:
+            _create(partial, fields, starts, steps, newest)
+    # One start a replica at a time: the last round is filled up, so that all replicas take as many.
+    sampler = DataParallelSampler(len(starts), job.shape.dp, job.coords.dp, job.shape.dp)
+    progress = Progress(len(sampler), "forecast", job.is_first)
+    for ((index, weight),) in sampler:
+        states = roll_out(model, fields, starts[[index]], steps, job.device, getattr(torch, config.trainer.dtype))
+        for lead, state in enumerate(states):
+            whole = gather_tensor(state.contiguous(), -2, job.manager)
+            if weight and job.coords.domain == 0:
+                _write(partial, fields, index, lead, whole)
+        progress.advance()
+    with together("completing the forecast"):
+        if job.is_first:
+            shutil.rmtree(path, ignore_errors=True)
+            partial.rename(path)
+    job.say(f"{len(starts)} forecasts of {config.forecast.lead_hours} h from {newest} -> {path}")
+    return path
+
+
+def _create(path: Path, fields: Fields, starts: np.ndarray, steps: int, checkpoint: Path) -> None:
+    """An empty store with its coordinates and attributes."""
+    shutil.rmtree(path, ignore_errors=True)
+    store, data = fields.store, fields.config.data
+    leads = np.arange(1, steps + 1) * data.step_hours * HOUR
+    coordinates = {
+        "init_time": ("init_time", store.times[starts], {"standard_name": "forecast_reference_time"}),
+        "lead_time": ("lead_time", leads.astype("timedelta64[ns]"), {"standard_name": "forecast_period"}),
+        "latitude": ("latitude", store.grid.latitude, {"standard_name": "latitude", "units": "degrees_north"}),
+        "longitude": ("longitude", store.grid.longitude, {"standard_name": "longitude", "units": "degrees_east"}),
+    }
+    if any(channel.level is not None for channel in fields.predicted):
+        coordinates["level"] = ("level", np.array(data.levels), {"positive": "down"})
+    attributes = {
+        "Conventions": "CF-1.10",
+        "title": f"Forecasts of {fields.config.model.name} every {data.step_hours} h",
+        "source": f"credit {credit.__version__}, checkpoint {checkpoint.name}, from {store.path.name}",
+    }
+    hours = {"dtype": "int64", "units": "hours"}
+    encoding = {"init_time": {"units": "hours since 1970-01-01", "dtype": "int64"}, "lead_time": hours}
+    xr.Dataset(coords=coordinates, attrs=attributes).to_zarr(path, mode="w", consolidated=False, encoding=encoding)
+    group = zarr.open_group(path, mode="r+")
+    horizontal = store.grid.shape
+    for variable in dict.fromkeys(channel.variable for channel in fields.predicted):
+        levels = [channel.level for channel in fields.predicted if channel.variable == variable]
+        middle = () if levels == [None] else (len(levels),)
+        group.create_array(
+            variable,
+            shape=(len(starts), steps, *middle, *horizontal),
+            chunks=(1, 1, *middle, *horizontal),
+            dtype="float32",
+            fill_value=float("nan"),
+            dimension_names=("init_time", "lead_time", *(("level",) if middle else ()), "latitude", "longitude"),
+            attributes=store.attributes(variable),
+        )
+
+
+def _write(path: Path, fields: Fields, start: int, lead: int, state: Tensor) -> None:
+    """One state of the whole globe, (1, channel, latitude, longitude), in its own units."""
+    names = [channel.variable for channel in fields.predicted]
+    values = fields.physical(state)[0]
+    group = zarr.open_group(path, mode="r+")
+    for variable in dict.fromkeys(names):
+        chosen = values[[name == variable for name in names]]
+        group[variable][start, lead] = chosen if group[variable].ndim == 5 else chosen[0]

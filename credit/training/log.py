@@ -1,0 +1,99 @@
+"""Rank 0's record of a run: log.csv and valid.csv in the run directory, and a line of progress now and then."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+STEP_COLUMNS = ("step", "epoch", "loss", "gradient_norm", "learning_rate", "seconds")
+EPOCH_COLUMNS = ("step", "epoch", "loss")
+PROGRESS_EVERY_S = 10.0
+
+
+class _Csv:
+    """A CSV file whose rows are keyed by step; rows after the step of a resume are dropped."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...], first: int) -> None:
+        rows: list[list[str]] = []
+        if first and path.exists():
+            with path.open(newline="") as stream:
+                rows = [row for row in list(csv.reader(stream))[1:] if row and int(row[0]) <= first]
+        self._stream = path.open("w", newline="")
+        self._writer = csv.writer(self._stream)
+        self._writer.writerows([columns, *rows])
+        self._stream.flush()
+
+    def write(self, *values: Any) -> None:
+        self._writer.writerow(values)
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class StepLog:
+    """Writes and prints on one rank, does nothing on the others.
+
+    Args:
+        directory: the run directory.
+        first: steps done before this run.
+        steps: steps in all.
+        active: true on the rank that writes.
+    """
+
+    def __init__(self, directory: Path, first: int, steps: int, active: bool) -> None:
+        self._active, self._steps = active, steps
+        self._shown = time.monotonic()
+        self._recent: deque[tuple[float, int]] = deque(maxlen=50)
+        if active:
+            self._train = _Csv(directory / "log.csv", STEP_COLUMNS, first)
+            self._valid = _Csv(directory / "valid.csv", EPOCH_COLUMNS, first)
+
+    def step(self, step: int, epoch: int, loss: float, norm: float, rate: float, samples: int, seconds: float) -> None:
+        if not self._active:
+            return
+        self._train.write(step, epoch, repr(loss), repr(norm), f"{rate:.6g}", f"{seconds:.4f}")
+        self._recent.append((time.monotonic(), samples))
+        self._last = f"epoch {epoch}  step {step}/{self._steps}  loss {loss:.4f}  rate {rate:.2e}"
+        self._step = step
+        if time.monotonic() - self._shown > PROGRESS_EVERY_S:
+            self._show("")
+
+    def epoch(self, epoch: int, step: int, valid_loss: float) -> None:
+        if self._active:
+            self._valid.write(step, epoch, repr(valid_loss))
+            self._show(f"  valid {valid_loss:.4f}")
+
+    def close(self) -> None:
+        if self._active:
+            self._train.close()
+            self._valid.close()
+
+    def _show(self, extra: str) -> None:
+        self._shown = time.monotonic()
+        elapsed = self._recent[-1][0] - self._recent[0][0]
+        pace = ""
+        if elapsed > 0:
+            per_step = elapsed / (len(self._recent) - 1)
+            minutes, seconds = divmod(round((self._steps - self._step) * per_step), 60)
+            pace = f"  {self._recent[-1][1] / per_step:.1f} samples/s  ETA {minutes}:{seconds:02d}"
+        print(f"{self._last}{extra}{pace}", flush=True)
+
+
+class Progress:
+    """Progress of work in equal parts, printed on one rank every ten seconds, with the time left."""
+
+    def __init__(self, total: int, what: str, active: bool) -> None:
+        self._total, self._what, self._active = total, what, active
+        self._done, self._begin, self._shown = 0, time.monotonic(), time.monotonic()
+
+    def advance(self) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if self._active and now - self._shown > PROGRESS_EVERY_S:
+            self._shown = now
+            left = (now - self._begin) / self._done * (self._total - self._done)
+            print(f"{self._what}: {self._done}/{self._total}  ETA {left:.0f} s", flush=True)

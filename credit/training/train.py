@@ -1,0 +1,260 @@
+"""The training loop: the same loss curve on every mesh, resumed by running the same command again."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from credit.config import Trainer
+from credit.data.dataset import Fields, StepDataset
+from credit.data.sampler import DataParallelSampler
+from credit.domain_parallel import convert_to_domain_parallel
+from credit.errors import CheckpointError, ConfigError, CreditError
+from credit.launch.job import Job, run_directory
+from credit.models import DOMAIN_CONVERTERS, build_model
+from credit.parallel.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from credit.parallel.collectives import (
+    all_sum,
+    any_rank,
+    gather_objects,
+    share_failure,
+    sync_domain_gradients,
+    together,
+)
+from credit.parallel.fsdp2 import apply_ddp, apply_fsdp2
+from credit.training.log import StepLog
+from credit.training.loss import LatitudeWeightedMSE
+
+
+def learning_rate(step: int, steps: int, trainer: Trainer) -> float:
+    """Linear warm-up, then a half cosine to zero at the last step (Loshchilov & Hutter, 2017)."""
+    if step < trainer.warmup_steps:
+        return trainer.learning_rate * (step + 1) / trainer.warmup_steps
+    done = (step - trainer.warmup_steps) / max(steps - trainer.warmup_steps, 1)
+    return trainer.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def prepare_model(job: Job, fields: Fields) -> nn.Module:
+    """The config's model on this rank's device, cut by latitude, replicated or sharded over the mesh.
+
+    Raises:
+        CreditError: on every rank, if the initial weights differ between ranks.
+    """
+    config = job.config
+    torch.manual_seed(config.trainer.seed)
+    with together("building the model"):
+        try:
+            model = build_model(config.model, fields.input_channels, len(fields.predicted), fields.store.grid.shape)
+        except ValueError as error:
+            raise ConfigError(f"model: {error}") from None
+    model = model.to(job.device, getattr(torch, config.trainer.dtype))
+    _refuse_unequal_weights(model)
+    model = convert_to_domain_parallel(model, job.manager, custom_converters=DOMAIN_CONVERTERS)
+    if job.gradient_mesh is not None and config.trainer.parallelism.data == "fsdp2":
+        return apply_fsdp2(model, job.gradient_mesh, config.to_dict())
+    if job.gradient_mesh is not None and config.trainer.parallelism.data == "ddp":
+        return apply_ddp(model, job.gradient_mesh)
+    return model
+
+
+def _refuse_unequal_weights(model: nn.Module) -> None:
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digests = gather_objects(digest.hexdigest())
+    if len(set(digests)) > 1:
+        odd = [rank for rank, one in enumerate(digests) if one != digests[0]]
+        raise CreditError(
+            f"initial weights on ranks {odd} differ from rank 0's: the model draws from something unseeded"
+        )
+
+
+@dataclass(eq=False)
+class Trained:
+    """What a call to `train` leaves: the model, and the global mean loss of each step that it ran."""
+
+    model: nn.Module
+    losses: list[float]
+    valid_loss: float | None = None
+
+
+class TrainingRun:
+    """One rank's part of a training run."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.trainer = job, job.config.trainer
+        self.dtype = getattr(torch, self.trainer.dtype)
+        store, statistics = job.open_store()
+        rows = job.rows(store.grid.shape[0])
+        with together("opening the data"):
+            self.fields = Fields(job.config, store, statistics, rows)
+            datasets = {period: StepDataset(self.fields, period) for period in ("train", "valid")}
+        with together("laying out the batches"):
+            seeds = {"train": self.trainer.seed, "valid": None}
+            self.samplers = {
+                period: DataParallelSampler(
+                    len(dataset), self.trainer.batch_size, job.coords.dp, job.shape.dp, seeds[period]
+                )
+                for period, dataset in datasets.items()
+            }
+        self.loaders = {
+            period: DataLoader(dataset, batch_sampler=self.samplers[period], collate_fn=_as_it_is)
+            for period, dataset in datasets.items()
+        }
+        self.model = prepare_model(job, self.fields)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=self.trainer.learning_rate, weight_decay=self.trainer.weight_decay
+        )
+        self.loss = LatitudeWeightedMSE(store.grid, rows).to(job.device)
+        self.steps_per_epoch = self.samplers["train"].batches
+        self.steps = self.trainer.epochs * self.steps_per_epoch
+        self.checkpoints = job.config.run / "checkpoints"
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The model in the precision of `trainer.amp` (FSDP2 brings its own)."""
+        autocast = self.trainer.amp == "bf16" and self.trainer.parallelism.data != "fsdp2"
+        with torch.autocast(self.job.device.type, torch.bfloat16, enabled=autocast):
+            return self.model(x)
+
+    def share_of_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """This rank's share of the sum of the batch's losses."""
+        batch = {name: value.to(self.job.device, non_blocking=True) for name, value in batch.items()}
+        prediction = self.predict(batch["x"].to(self.dtype))
+        return self.loss(prediction, batch["y"].to(self.dtype), batch["weight"])
+
+    def train_step(self, batch: dict[str, Tensor], step: int) -> tuple[float, float, float]:
+        """One optimiser step; (global mean loss, gradient norm, learning rate)."""
+        share = self.share_of_loss(batch) / self.trainer.batch_size
+        ranks = self.job.gradient_mesh.size() if self.job.gradient_mesh is not None else 1
+        (share * ranks).backward()  # averaged over `ranks`, the gradients are those of the global mean
+        if self.trainer.parallelism.data == "none":
+            sync_domain_gradients(self.model, self.job.manager)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.trainer.clip or math.inf)
+        rate = learning_rate(step, self.steps, self.trainer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return float(all_sum(share.detach().double())), float(norm), rate
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Global mean loss over the validation period."""
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.job.device)
+        for batch in agreed(self.loaders["valid"], self.job.device):
+            total += self.share_of_loss(batch).double()
+        self.model.train()
+        return float(all_sum(total)) / self.samplers["valid"].samples
+
+    def resume(self) -> int:
+        """Load the newest checkpoint, if there is one; the step to go on with."""
+        newest = gather_objects(next(reversed(list_checkpoints(self.checkpoints)), None))
+        if len(set(newest)) > 1:
+            raise CheckpointError(f"the ranks see different checkpoints: {sorted(set(map(str, newest)))}")
+        if newest[0] is None:
+            return 0
+        facts = load_checkpoint(newest[0], self.model, self.optimizer)
+        _refuse_other_run(facts, self.facts)
+        self.job.say(f"resuming from {newest[0]}")
+        return int(newest[0].name.removeprefix("step-"))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be gone on with."""
+        config = self.job.config.to_dict()
+        trainer = {key: config["trainer"][key] for key in ("batch_size", "seed", "epochs", "dtype")}
+        data = {
+            key: config["data"][key] for key in ("path", "variables", "levels", "statics", "forcings", "step", "train")
+        }
+        return {"model": config["model"], "data": data, "trainer": trainer}
+
+    def run(self) -> Trained:
+        """All steps that are left, with checkpoints, validation after each epoch, and a log."""
+        first = self.resume()
+        trained = Trained(self.model, [])
+        log = StepLog(run_directory(self.job.config), first, self.steps, self.job.is_first)
+        save = partial(save_checkpoint, self.checkpoints, model=self.model, optimizer=self.optimizer, facts=self.facts)
+        self.model.train()
+        for epoch in range(first // self.steps_per_epoch, self.trainer.epochs):
+            done = first - epoch * self.steps_per_epoch if epoch == first // self.steps_per_epoch else 0
+            self.samplers["train"].start_at(epoch, done)
+            for step, batch in enumerate(
+                agreed(self.loaders["train"], self.job.device), epoch * self.steps_per_epoch + done
+            ):
+                begin = time.perf_counter()
+                loss, norm, rate = self.train_step(batch, step)
+                trained.losses.append(loss)
+                log.step(step + 1, epoch + 1, loss, norm, rate, self.trainer.batch_size, time.perf_counter() - begin)
+                if not math.isfinite(loss):
+                    raise CreditError(
+                        f"the loss is {loss} at step {step + 1}: lower trainer.learning_rate, or set trainer.clip; "
+                        f"{self.checkpoints} holds the steps before"
+                    )
+                if (step + 1) % self.trainer.checkpoint_every == 0:
+                    save(step + 1)
+            trained.valid_loss = self.validate()
+            log.epoch(epoch + 1, (epoch + 1) * self.steps_per_epoch, trained.valid_loss)
+        save(self.steps)
+        log.close()
+        return trained
+
+
+def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`StepDataset` reads whole batches: there is nothing to collate."""
+    return batch
+
+
+def _refuse_other_run(stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    different = [
+        f"{block}.{key} was {stored[block].get(key)!r} and is {value!r}"
+        for block, values in wanted.items()
+        for key, value in values.items()
+        if stored[block].get(key) != value
+    ]
+    if different:
+        raise CheckpointError(
+            f"the run directory holds a run of another config: {'; '.join(different)}. Set `run` to a new directory"
+        )
+
+
+def agreed(batches: Iterable[dict[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """The batches; if reading one fails on any rank, all ranks stop with what it said.
+
+    One small all_reduce a batch: without it, peers would wait for the failing rank until their timeout.
+    """
+    iterator = iter(batches)
+    while True:
+        batch, error = None, None
+        try:
+            batch = next(iterator, None)
+        except Exception as caught:
+            error = caught
+        if any_rank(error is not None, device):
+            share_failure(gather_objects(None if error is None else str(error)), "reading a batch", error)
+        if batch is None:
+            return
+        yield batch
+
+
+def train(job: Job) -> Trained:
+    """Train the config's model on this job's mesh, from its newest checkpoint on."""
+    run = TrainingRun(job)
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    shape = job.shape
+    job.say(
+        f"{job.config.model.name}: {parameters:,} parameters, {run.samplers['train'].samples} samples, "
+        f"{run.steps} steps of {job.config.trainer.batch_size}; mesh dp {shape.dp} x tp {shape.tp} x domain "
+        f"{shape.domain} ({job.config.trainer.parallelism.data}) on {job.device.type}, ranks from {job.ranks.source}"
+    )
+    return run.run()
