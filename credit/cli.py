@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from credit import __version__
-from credit.errors import ConfigError, CreditError
+from credit.errors import CreditError
 
 EXAMPLES = """examples:
   credit train configs/era5_sample.yaml
@@ -88,14 +88,6 @@ def _load(arguments: argparse.Namespace) -> Any:
     return load_config(arguments.config, arguments.set)
 
 
-def _load_or_error(arguments: argparse.Namespace) -> Any:
-    """The config, or why it cannot be had: told to all ranks once they are joined."""
-    try:
-        return _load(arguments)
-    except ConfigError as error:
-        return error
-
-
 def _train(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         from credit.launch.dry_run import dry_run
@@ -105,7 +97,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from credit.launch.job import start_job
     from credit.training.train import train
 
-    with start_job(_load_or_error(arguments)) as job:
+    with start_job(lambda: _load(arguments)) as job:
         train(job)
 
 
@@ -113,7 +105,7 @@ def _forecast(arguments: argparse.Namespace) -> None:
     from credit.launch.job import start_job
     from credit.training.forecast import forecast
 
-    with start_job(_load_or_error(arguments)) as job:
+    with start_job(lambda: _load(arguments)) as job:
         forecast(job)
 
 

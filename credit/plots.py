@@ -31,7 +31,8 @@ def plot_map(config: Config, scores: Scores) -> Path:
         field = forecasts[channel.variable].isel(init_time=-1, lead_time=lead)
         predicted = (field if channel.level is None else field.sel(level=channel.level)).values
     valid = start + np.timedelta64(scores.lead_hours[lead], "h")
-    begin, truth = store.read([channel], np.searchsorted(store.times, [start, valid]), range(store.grid.shape[0]))[:, 0]
+    times = store.indices(np.array([start, valid]))
+    begin, truth = store.read([channel], times, range(store.grid.shape[0]))[:, 0]
     low, high = np.percentile(truth, [0.5, 99.5])
     error = np.percentile(np.abs(begin - truth), 99)
     panels = [

@@ -79,8 +79,8 @@ class StepDataset(Dataset):
     def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
         starts = self.starts[[draw.sample for draw in draws]]
         times = self.fields.store.times[starts]
-        after = np.searchsorted(self.fields.store.times, times + self._step)
-        both = self.fields.state([*starts.tolist(), *after.tolist()])
+        after = self.fields.store.indices(times + self._step)
+        both = self.fields.state([*starts.tolist(), *after])
         now, later = both[: len(draws)], both[len(draws) :]
         return {
             "x": torch.cat([now, self.fields.given(times)], dim=1),

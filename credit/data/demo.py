@@ -27,10 +27,13 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import netCDF4
 import numpy as np
 import zarr
+
+from credit.errors import DataError
 
 EARTH_RADIUS = 6.371e6  # m
 EARTH_ROTATION = 7.292e-5  # s-1
@@ -51,8 +54,8 @@ VARIABLES = {  # name: standard_name, units, long_name
     "v500": ("northward_wind", "m s-1", "northward wind at 500 hPa"),
     "z500": ("geopotential_height", "m", "geopotential height at 500 hPa"),
 }
-STATES_PER_SHARD = 100
-ROWS_PER_CHUNK = 4
+STATES_PER_SHARD = 20
+ROWS_PER_CHUNK = 8
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -107,9 +110,7 @@ class SphericalHarmonics:
     latitude: radians, north to south; weights: their quadrature weights in sin(lat), sum 2.
     """
 
-    def __init__(
-        self, truncation: int, latitude: np.ndarray, weights: np.ndarray, nlon: int
-    ) -> None:
+    def __init__(self, truncation: int, latitude: np.ndarray, weights: np.ndarray, nlon: int) -> None:
         self.truncation, self.latitude, self.nlon = truncation, latitude, nlon
         n = np.arange(truncation + 1)
         self.laplacian = -n * (n + 1.0) / EARTH_RADIUS**2  # eigenvalues, m-2
@@ -289,7 +290,7 @@ def write_demo(
     if states < 1 or grid[0] < 2 or grid[1] < 1:
         raise ValueError(f"need states >= 1 and a grid of at least (2, 1): got {states}, {grid}")
     if path.exists():
-        raise FileExistsError(f"{path} exists: remove it or choose another path")
+        raise DataError(f"{path} exists: remove it or choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
@@ -304,9 +305,7 @@ def write_demo(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_fields(
-    store: zarr.Group, states: int, grid: tuple[int, int], seed: int, progress: Progress | None
-) -> None:
+def _write_fields(store: zarr.Group, states: int, grid: tuple[int, int], seed: int, progress: Progress | None) -> None:
     observed, mean_height = gfs_states()
     model = demo_model(observed.mean(0))
     output = SphericalHarmonics.regular(TRUNCATION, *grid)
@@ -327,9 +326,7 @@ def _write_fields(
             progress(interval + 1, spinup + states)
 
 
-def _create_variable(
-    store: zarr.Group, name: str, states: int, grid: tuple[int, int]
-) -> zarr.Array:
+def _create_variable(store: zarr.Group, name: str, states: int, grid: tuple[int, int]) -> zarr.Array:
     nlat, nlon = grid
     standard_name, units, long_name = VARIABLES[name]
     # Shards keep the files few; a chunk inside them, a few rows of one state, is what a rank reads.
@@ -349,7 +346,7 @@ def _create_variable(
 
 def _write_coordinates(store: zarr.Group, states: int, grid: tuple[int, int]) -> None:
     nlat, nlon = grid
-    coordinates = {
+    coordinates: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
         "time": (
             np.arange(states) * OUTPUT_INTERVAL,
             {"units": START, "calendar": "proleptic_gregorian", "axis": "T"},
@@ -362,7 +359,7 @@ def _write_coordinates(store: zarr.Group, states: int, grid: tuple[int, int]) ->
         store.create_array(name, data=values, dimension_names=(name,), attributes=attributes)
 
 
-def _attributes(seed: int) -> dict[str, str]:
+def _attributes(seed: int) -> dict[str, Any]:
     return {
         "Conventions": "CF-1.10",
         "title": "Synthetic 500 hPa weather for demonstrations: not observed, not a forecast",

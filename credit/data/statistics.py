@@ -85,7 +85,7 @@ def compute_statistics(config: Config, store: FieldStore, progress: Callable[[in
     others = store.channels(stored_names([*data.forcings, *data.statics]))
     channels: list[Channel] = [*predicted, *others]
     starts = store.starts(data.train, data.step_hours, 1, data.gaps)
-    successors = np.searchsorted(store.times, store.times[starts] + np.timedelta64(data.step_hours, "h"))
+    successors = store.indices(store.times[starts] + np.timedelta64(data.step_hours, "h"))
     times = np.union1d(starts, successors)
     rows = range(store.grid.shape[0])
     weights = (store.grid.latitude_weights() / store.grid.shape[0] / store.grid.shape[1])[:, None]
@@ -93,12 +93,12 @@ def compute_statistics(config: Config, store: FieldStore, progress: Callable[[in
     def average(fields: np.ndarray) -> np.ndarray:
         return (fields * weights).sum(axis=(-2, -1), dtype=np.float64)
 
-    first = store.read(channels, times[:1], rows)[0].astype(np.float64)
+    first = store.read(channels, times[:1].tolist(), rows)[0].astype(np.float64)
     shift = average(first)[:, None, None]
     total, square = np.zeros(len(channels)), np.zeros(len(channels))
     increment, mean_field = np.zeros(len(predicted)), np.zeros_like(first[: len(predicted)])
     later: dict[int, np.ndarray] = {}
-    after = dict(zip(starts.tolist(), successors.tolist(), strict=True))
+    after = dict(zip(starts.tolist(), successors, strict=True))
     for done, time in enumerate(times.tolist()):
         field = store.read(channels, [time], rows)[0] - shift
         total += average(field)

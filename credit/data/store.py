@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -128,7 +129,19 @@ class FieldStore:
             f"read): fill the field before training, or leave the variable out"
         )
 
-    def attributes(self, variable: str) -> dict[str, str]:
+    def indices(self, times: np.ndarray) -> list[int]:
+        """Where these times are in the store.
+
+        Raises:
+            DataError: naming the first that is not there.
+        """
+        found = np.searchsorted(self.times, times)
+        missing = self.times[np.minimum(found, len(self.times) - 1)] != times
+        if missing.any():
+            raise DataError(f"{self.path} has no time {np.datetime_as_string(times[missing][0], 'm')}")
+        return found.tolist()
+
+    def attributes(self, variable: str) -> dict[str, Any]:
         """CF attributes of a variable."""
         return dict(self._dataset[variable].attrs)
 
@@ -165,22 +178,14 @@ class FieldStore:
         return starts
 
 
-def forcing_fields(
-    store: FieldStore, names: Sequence[str], times: np.ndarray, rows: range, indices: Sequence[int] | None = None
-) -> np.ndarray:
-    """Forcings at `times`: float32, (time, forcing, row, longitude), computed ones and those in the store.
-
-    Args:
-        indices: of `times` in the store, for forcings that are read from it.
-    """
+def forcing_fields(store: FieldStore, names: Sequence[str], times: np.ndarray, rows: range) -> np.ndarray:
+    """Forcings at `times`: float32, (time, forcing, row, longitude), computed ones and those in the store."""
     fields = []
     for name in names:
         if name == COS_ZENITH:
             fields.append(cos_zenith(times, store.grid.latitude[rows.start : rows.stop], store.grid.longitude))
         else:
-            if indices is None:
-                indices = np.searchsorted(store.times, times)
-            fields.append(store.read(store.channels([name]), indices, rows)[:, 0])
+            fields.append(store.read(store.channels([name]), store.indices(times), rows)[:, 0])
     shape = (len(times), 0, len(rows), store.grid.shape[1])
     return np.stack(fields, axis=1) if fields else np.zeros(shape, np.float32)
 

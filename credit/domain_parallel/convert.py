@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -100,7 +101,7 @@ def convert_to_domain_parallel(
     model: nn.Module,
     manager: DomainParallelManager | None,
     shard_dim: int = -2,
-    custom_converters: dict[type[nn.Module], Converter] | None = None,
+    custom_converters: Mapping[Any, Converter] | None = None,
 ) -> nn.Module:
     """Make `model` compute, on latitude slabs, what it computes on whole fields. In place.
 
@@ -156,7 +157,7 @@ def convert_to_domain_parallel(
 
 
 def _find_sites(
-    model: nn.Module, shard_dim: int, custom: dict[type[nn.Module], Converter], refusals: list[str]
+    model: nn.Module, shard_dim: int, custom: Mapping[Any, Converter], refusals: list[str]
 ) -> list[tuple[str, nn.Module, Converter]]:
     """Every module to convert, once, with its path; what cannot be converted is described in `refusals`."""
     sites: list[tuple[str, nn.Module, Converter]] = []

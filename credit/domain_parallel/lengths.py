@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -124,7 +123,7 @@ def _is_field(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.ndim >= 4
 
 
-def _describe(leaf: Any, shard_dim: int) -> Iterable:
+def _describe(leaf: Any, shard_dim: int) -> Any:
     """What must agree across the domain group, and may decide a model's path through its layers."""
     if not isinstance(leaf, torch.Tensor):
         return leaf if isinstance(leaf, bool | int | float | str | type(None)) else type(leaf).__name__

@@ -157,7 +157,8 @@ class DomainParallelManager:
 
 def _device_type() -> str:
     backend = dist.get_backend()
-    return "cpu" if backend == "gloo" else torch.accelerator.current_accelerator(check_available=True).type
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if backend == "gloo" or accelerator is None else accelerator.type
 
 
 def initialize_domain_parallel(

@@ -61,7 +61,7 @@ class RowMap(Protocol):
 
     def out_length(self, length: int) -> int: ...
 
-    def needs(self, out: range, length: int) -> list[int | None]:
+    def needs(self, out: range, length: int) -> Sequence[int | None]:
         """Global input rows, in the order the local operator wants them; None is a row of zeros."""
 
 
@@ -139,7 +139,7 @@ class TransposedWindow:
     def out_length(self, length: int) -> int:
         return (length - 1) * self.stride - 2 * self.padding + self.reach + self.output_padding
 
-    def needs(self, out: range, length: int) -> list[int | None]:
+    def needs(self, out: range, length: int) -> list[int]:
         """All rows that reach `out`; one row nearby if none does (its contribution is cut off)."""
         first = -((self.reach - 1 - out.start - self.padding) // self.stride)
         last = (out.stop - 1 + self.padding) // self.stride
@@ -164,7 +164,7 @@ class Taps:
     def out_length(self, length: int) -> int:
         return len(self.rows)
 
-    def needs(self, out: range, length: int) -> list[int | None]:
+    def needs(self, out: range, length: int) -> list[int]:
         taps = [row for o in out for row in self.rows[o]]
         return list(range(min(taps), max(taps) + 1))
 
@@ -176,7 +176,7 @@ class Everything:
     def out_length(self, length: int) -> int:
         return length
 
-    def needs(self, out: range, length: int) -> list[int | None]:
+    def needs(self, out: range, length: int) -> list[int]:
         return list(range(length))
 
 

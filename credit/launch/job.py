@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,18 +75,22 @@ class Job:
 
 
 @contextmanager
-def start_job(load: Config | ConfigError) -> Iterator[Job]:
+def start_job(load: Callable[[], Config]) -> Iterator[Job]:
     """Join the process group, agree with all ranks on the config, and build the mesh.
 
     Args:
-        load: the config, or the error with which loading it failed on this rank (told to all).
+        load: reads the config. If it fails on one rank, all are told.
 
     Raises:
         CreditError: on every rank alike.
     """
     ranks = discover_ranks()
-    failed = isinstance(load, ConfigError)
-    timeout = timedelta(seconds=START_TIMEOUT_S if failed else load.trainer.timeout)
+    config, error = None, None
+    try:
+        config = load()
+    except ConfigError as caught:
+        error = caught
+    timeout = timedelta(seconds=config.trainer.timeout if config else START_TIMEOUT_S)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks.local_rank)
@@ -96,16 +100,17 @@ def start_job(load: Config | ConfigError) -> Iterator[Job]:
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
     try:
         with together("reading the config"):
-            if failed:
-                raise load
-        _refuse_differences(load)
+            if error is not None:
+                raise error
+        assert config is not None
+        _refuse_differences(config)
         with together("building the mesh"):
-            shape = checked_mesh_shape(load, ranks.world_size)
-        mesh, _ = build_device_mesh(load.trainer.parallelism.model_dump(), device.type)
+            shape = checked_mesh_shape(config, ranks.world_size)
+        mesh, _ = build_device_mesh(config.trainer.parallelism.model_dump(), device.type)
         flat = gradient_mesh(mesh)
         _bound_waits([mesh, flat], timeout)
         manager = DomainParallelManager.from_mesh(mesh)
-        yield Job(load, ranks, device, mesh, flat, shape, mesh_coords(shape, ranks.rank), manager)
+        yield Job(config, ranks, device, mesh, flat, shape, mesh_coords(shape, ranks.rank), manager)
     finally:
         if ours:
             dist.destroy_process_group()

@@ -97,8 +97,8 @@ class UNet(nn.Module):
         self.up = nn.ModuleList([UpBlock(width * 2**i, sizes[i], blocks, groups) for i in reversed(range(levels))])
         self.norm = nn.GroupNorm(groups, width)
         self.head = PeriodicConv2d(width, out_channels)
-        nn.init.zeros_(self.head.conv.weight)
-        nn.init.zeros_(self.head.conv.bias)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_channels, latitude, longitude) to (batch, out_channels, latitude, longitude)."""

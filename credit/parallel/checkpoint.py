@@ -65,17 +65,25 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(path.parent for path in directory.glob(f"step-*/{MANIFEST}"))
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any]:
-    """Read a checkpoint into `model`, and `optimizer` unless it is None. Called by all ranks, on any mesh.
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Compare the files with the manifest, each rank its share of them. Called by all ranks.
 
     Returns:
         The manifest's `facts`.
 
     Raises:
-        CheckpointError: on every rank, naming the file that is damaged or the parameter that does not fit.
+        CheckpointError: on every rank, naming the file that is damaged.
     """
     with together(f"checking the checkpoint {path}"):
-        facts = _verify(path)
+        return _verify(path)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    """Read a checkpoint into `model`, and `optimizer` unless it is None. Called by all ranks, on any mesh.
+
+    Raises:
+        CheckpointError: on every rank, naming the parameter that does not fit.
+    """
     with together(f"reading the checkpoint {path}"):
         state: dict[str, Any] = {"model": get_model_state_dict(model)}
         if optimizer is not None:
@@ -89,7 +97,6 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer | None = 
             set_model_state_dict(model, state["model"])
         else:
             set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return facts
 
 
 def _verify(path: Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -34,16 +36,15 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: dict) -> nn.
         conf: the whole config; `trainer.amp: bf16` computes in bfloat16 and reduces in float32.
     """
     amp = (conf.get("trainer") or {}).get("amp", "none")
-    policy = MixedPrecisionPolicy()
-    if amp == "bf16":
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
-        )
+    bf16: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if amp == "bf16" else {}
     declared = tuple(getattr(model, "fsdp_blocks", ()))
     for module in list(model.modules()):
         if module is not model and (type(module).__name__ in BLOCKS or isinstance(module, declared)):
-            fully_shard(module, mesh=dp_mesh, mp_policy=policy)
-    return fully_shard(model, mesh=dp_mesh, mp_policy=policy)
+            fully_shard(module, mesh=dp_mesh, mp_policy=MixedPrecisionPolicy(**bf16))
+    # Only the whole model answers in float32: a block's output is the next block's bfloat16 input.
+    output: dict[str, Any] = {"output_dtype": torch.float32} if bf16 else {}
+    fully_shard(model, mesh=dp_mesh, mp_policy=MixedPrecisionPolicy(**bf16, **output))
+    return model
 
 
 def apply_ddp(model: nn.Module, dp_mesh: DeviceMesh) -> nn.Module:

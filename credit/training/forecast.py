@@ -17,10 +17,10 @@ from credit.data.sampler import DataParallelSampler
 from credit.domain_parallel import gather_tensor
 from credit.errors import CheckpointError
 from credit.launch.job import Job
-from credit.parallel.checkpoint import list_checkpoints, load_checkpoint
+from credit.parallel.checkpoint import list_checkpoints, load_checkpoint, verify_checkpoint
 from credit.parallel.collectives import together
 from credit.training.log import Progress
-from credit.training.train import prepare_model
+from credit.training.train import prepare_model, refuse_other_run, run_facts
 
 HOUR = np.timedelta64(1, "h")
 
@@ -63,6 +63,7 @@ def forecast(job: Job) -> Path:
         if newest is None:
             raise CheckpointError(f"there is no checkpoint in {config.run / 'checkpoints'}: run `credit train` first")
     model = prepare_model(job, fields).eval()
+    refuse_other_run(verify_checkpoint(newest), run_facts(config))
     load_checkpoint(newest, model)
     path = forecast_path(config.run)
     partial = path.with_name(f".{path.name}.partial")
@@ -128,7 +129,7 @@ def _write(path: Path, fields: Fields, start: int, lead: int, state: Tensor) -> 
     """One state of the whole globe, (1, channel, latitude, longitude), in its own units."""
     names = [channel.variable for channel in fields.predicted]
     values = fields.physical(state)[0]
-    group = zarr.open_group(path, mode="r+")
     for variable in dict.fromkeys(names):
         chosen = values[[name == variable for name in names]]
-        group[variable][start, lead] = chosen if group[variable].ndim == 5 else chosen[0]
+        array = zarr.open_array(path / variable, mode="r+")
+        array[start, lead] = chosen if array.ndim == 5 else chosen[0]

@@ -95,7 +95,7 @@ def score(config: Config) -> Scores:
         starts = forecasts["init_time"].values
         progress = Progress(len(starts), "score", active=True)
         for number, start in enumerate(starts):
-            times = np.searchsorted(store.times, np.concatenate([[start], start + leads]))
+            times = store.indices(np.concatenate([[start], start + leads]))
             truth = store.read(channels, times, range(store.grid.shape[0])).astype(np.float64)
             candidates = (
                 _fields(forecasts, channels, number),

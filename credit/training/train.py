@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from credit.config import Trainer
+from credit.config import Config, Trainer
 from credit.data.dataset import Fields, StepDataset
 from credit.data.sampler import DataParallelSampler
 from credit.domain_parallel import convert_to_domain_parallel
 from credit.errors import CheckpointError, ConfigError, CreditError
 from credit.launch.job import Job, run_directory
 from credit.models import DOMAIN_CONVERTERS, build_model
-from credit.parallel.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from credit.parallel.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, verify_checkpoint
 from credit.parallel.collectives import (
     all_sum,
     any_rank,
@@ -164,27 +164,23 @@ class TrainingRun:
             raise CheckpointError(f"the ranks see different checkpoints: {sorted(set(map(str, newest)))}")
         if newest[0] is None:
             return 0
-        facts = load_checkpoint(newest[0], self.model, self.optimizer)
-        _refuse_other_run(facts, self.facts)
+        refuse_other_run(verify_checkpoint(newest[0]), run_facts(self.job.config))
+        load_checkpoint(newest[0], self.model, self.optimizer)
         self.job.say(f"resuming from {newest[0]}")
         return int(newest[0].name.removeprefix("step-"))
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be gone on with."""
-        config = self.job.config.to_dict()
-        trainer = {key: config["trainer"][key] for key in ("batch_size", "seed", "epochs", "dtype")}
-        data = {
-            key: config["data"][key] for key in ("path", "variables", "levels", "statics", "forcings", "step", "train")
-        }
-        return {"model": config["model"], "data": data, "trainer": trainer}
 
     def run(self) -> Trained:
         """All steps that are left, with checkpoints, validation after each epoch, and a log."""
         first = self.resume()
         trained = Trained(self.model, [])
         log = StepLog(run_directory(self.job.config), first, self.steps, self.job.is_first)
-        save = partial(save_checkpoint, self.checkpoints, model=self.model, optimizer=self.optimizer, facts=self.facts)
+        save = partial(
+            save_checkpoint,
+            self.checkpoints,
+            model=self.model,
+            optimizer=self.optimizer,
+            facts=run_facts(self.job.config),
+        )
         self.model.train()
         for epoch in range(first // self.steps_per_epoch, self.trainer.epochs):
             done = first - epoch * self.steps_per_epoch if epoch == first // self.steps_per_epoch else 0
@@ -210,12 +206,25 @@ class TrainingRun:
         return trained
 
 
-def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_it_is(batch: Any) -> Any:
     """`StepDataset` reads whole batches: there is nothing to collate."""
     return batch
 
 
-def _refuse_other_run(stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+def run_facts(config: Config) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be gone on with, or forecast from."""
+    conf = config.to_dict()
+    data = ("variables", "levels", "statics", "forcings", "step", "train")
+    trainer = ("batch_size", "seed", "epochs", "learning_rate", "warmup_steps", "weight_decay", "clip", "dtype")
+    return {
+        "model": conf["model"],
+        "data": {key: conf["data"][key] for key in data},
+        "trainer": {key: conf["trainer"][key] for key in trainer},
+    }
+
+
+def refuse_other_run(stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise a CheckpointError that lists every key in which two `run_facts` differ."""
     different = [
         f"{block}.{key} was {stored[block].get(key)!r} and is {value!r}"
         for block, values in wanted.items()

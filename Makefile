@@ -1,0 +1,43 @@
+# Two commands set everything up on a fresh machine: make quickstart, make test.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/quickstart.yaml
+RANKS ?= 4
+
+# One thread a rank: ranks share the cores.
+export OMP_NUM_THREADS := 1
+
+.PHONY: help quickstart era5 test lint clean
+
+help:
+	@echo "make quickstart   set up, train the demo on 4 ranks, forecast, score (minutes on 2 cores)"
+	@echo "make era5         the same on the real ERA5 sample, on 2 ranks"
+	@echo "make test         set up, run the whole suite"
+	@echo "make lint         ruff and mypy"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: $(VENV)/.installed
+	$(BIN)/torchrun --nproc-per-node $(RANKS) -m credit train $(CONFIG)
+	$(BIN)/torchrun --nproc-per-node $(RANKS) -m credit forecast $(CONFIG)
+	$(BIN)/credit score $(CONFIG)
+
+era5: CONFIG = configs/era5_sample.yaml
+era5: RANKS = 2
+era5: quickstart
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy credit
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

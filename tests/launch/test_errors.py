@@ -1,0 +1,145 @@
+"""Bad input, with real ranks: one paragraph that says what and where, exit code 2 on every rank, no hang."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+import yaml
+
+from credit.config import parse_config
+from credit.data.prepare import write_statistics
+from tests.stores import conf, dataset, write_zarr
+
+DEADLINE_S = 100
+
+
+def start_ranks(config: Path, size: int, *more: str) -> tuple[list[int], list[str]]:
+    """`credit train` on `size` processes as torchrun would start them; exit codes and stderr of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(size):
+        given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = {**os.environ, **{name: str(value) for name, value in given.items()}, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "credit", "train", str(config), *more]
+        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    try:
+        outputs = [process.communicate(timeout=DEADLINE_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], [stderr for _, stderr in outputs]
+
+
+def refused(codes: list[int], errors: list[str]) -> str:
+    """The one paragraph, after checking that every rank failed and only rank 0 spoke, without a traceback."""
+    assert codes == [2] * len(codes), errors
+    assert not any("Traceback" in text for text in errors), errors
+    said = [line for text in errors for line in text.splitlines() if line.startswith("credit: error: ")]
+    assert len(said) == 1, errors
+    return said[0]
+
+
+@pytest.fixture
+def raw(tmp_path) -> dict:
+    raw = conf(tmp_path / "run", write_zarr(tmp_path / "s.zarr", dataset()))
+    raw["trainer"]["parallelism"] = {"data": "none", "domain": 2}
+    write_statistics(parse_config(raw))
+    return raw
+
+
+def written(raw: dict, directory: Path) -> Path:
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_an_unknown_key_and_a_wrong_type(raw, tmp_path) -> None:
+    raw["trainer"]["learning_rat"] = 0.1
+    raw["trainer"]["batch_size"] = "many"
+    said = refused(*start_ranks(written(raw, tmp_path), 2))
+    assert "config.yaml: " in said
+    assert "unknown key trainer.learning_rat; did you mean 'learning_rate'?" in said
+    assert "trainer.batch_size: input should be a valid integer" in said
+    assert "got 'many'" in said
+
+
+def test_a_world_that_does_not_divide(raw, tmp_path) -> None:
+    said = refused(*start_ranks(written(raw, tmp_path), 3))
+    assert "3 ranks do not divide into replicas of tensor 1 x domain 2 = 2 ranks: start 2 or 4 ranks" in said
+
+
+def test_replicas_that_nothing_would_join(raw, tmp_path) -> None:
+    said = refused(*start_ranks(written(raw, tmp_path), 4))
+    assert "4 ranks make 2 replicas, which trainer.parallelism.data: none would train apart" in said
+
+
+def test_a_missing_store(raw, tmp_path) -> None:
+    raw["data"]["path"] = str(tmp_path / "nowhere.zarr")
+    said = refused(*start_ranks(written(raw, tmp_path), 2))
+    assert f"there is no {tmp_path}/nowhere.zarr (data.path" in said
+
+
+def test_a_config_that_one_host_has_not(raw, tmp_path) -> None:
+    """Ranks that see different files: here rank 1 is given another directory."""
+    said = refused(*start_ranks(tmp_path / "elsewhere.yaml", 2))
+    assert "cannot read the config" in said
+
+
+def test_nan_in_the_rows_of_one_rank(raw, tmp_path) -> None:
+    """Rank 1 alone meets it, in the first epoch; rank 0 stops with rank 1's words."""
+    data = dataset()
+    data.b[9, 12, 5] = np.nan
+    write_zarr(tmp_path / "s.zarr", data)
+    said = refused(*start_ranks(written(raw, tmp_path), 2))
+    assert "reading a batch failed on rank 1: " in said
+    assert "s.zarr: b is nan at 2020-01-03T06:00, latitude -90, longitude 112.5" in said
+
+
+def test_a_truncated_checkpoint(raw, tmp_path) -> None:
+    codes, errors = start_ranks(written(raw, tmp_path), 2)
+    assert codes == [0, 0], errors
+    newest = tmp_path / "run" / "checkpoints" / "step-00000010"
+    file = sorted(newest.glob("*.distcp"))[-1]
+    size = file.stat().st_size
+    os.truncate(file, size // 2)
+    said = refused(*start_ranks(written(raw, tmp_path), 2))
+    assert f"{newest} is damaged: {file.name} has {size // 2} bytes of {size}. Delete {newest} to start again" in said
+
+
+def test_a_run_directory_of_another_config(raw, tmp_path) -> None:
+    small = ("--set", "trainer.epochs=1")
+    assert start_ranks(written(raw, tmp_path), 2, *small)[0] == [0, 0]
+    said = refused(*start_ranks(written(raw, tmp_path), 2, *small, "--set", "data.variables=[a]"))
+    assert "data.variables was ['a', 'b'] and is ['a']" in said
+
+
+def test_processes_that_another_launcher_started(raw, tmp_path) -> None:
+    path = written(raw, tmp_path)
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        [sys.executable, "-m", "credit", "train", str(path)],
+        env={**env, "PMI_SIZE": "4"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 2
+    assert (
+        "mpiexec (MPICH) started 4 processes (PMI_SIZE), and each would train alone: start one torchrun" in done.stderr
+    )
+
+
+def test_the_store_used_is_the_one_that_was_written(tmp_path) -> None:
+    """Guards the fixture: a poisoned time is one that training reads."""
+    data = dataset()
+    assert data.time.values[9] == np.datetime64("2020-01-03T06:00")
+    assert xr.open_zarr(write_zarr(tmp_path / "s.zarr", data), consolidated=False).sizes["time"] == 40

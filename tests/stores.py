@@ -1,0 +1,65 @@
+"""Small stores of smooth random fields for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+GRID = (13, 16)
+START = np.datetime64("2020-01-01", "ns")
+
+
+def dataset(states: int = 40, grid: tuple[int, int] = GRID, levels: tuple[float, ...] = ()) -> xr.Dataset:
+    """Variables `a`, `b` and, on `levels`, `c`; static `orography`; 6-hourly. Waves that move east."""
+    latitude = np.linspace(90, -90, grid[0])
+    longitude = np.arange(grid[1]) * 360 / grid[1]
+    time = START + np.arange(states) * np.timedelta64(6, "h")
+    phase = np.deg2rad(longitude)[None, None, :] - 0.3 * np.arange(states)[:, None, None]
+    envelope = np.cos(np.deg2rad(latitude))[None, :, None]
+    a = (10 + envelope * np.sin(2 * phase)).astype(np.float32)
+    b = (270 + 20 * envelope + envelope * np.cos(3 * phase)).astype(np.float32)
+    variables: dict[str, Any] = {
+        "a": (("time", "latitude", "longitude"), a, {"units": "m s-1"}),
+        "b": (("time", "latitude", "longitude"), b, {"units": "K"}),
+        "orography": (("latitude", "longitude"), (1 + a[0] ** 2).astype(np.float32)),
+    }
+    coords: dict[str, Any] = {"time": time, "latitude": latitude, "longitude": longitude}
+    if levels:
+        coords["level"] = list(levels)
+        factor = np.arange(1, len(levels) + 1, dtype=np.float32)[None, :, None, None]
+        variables["c"] = (("time", "level", "latitude", "longitude"), a[:, None] * factor, {"units": "m"})
+    return xr.Dataset(variables, coords)
+
+
+def write_zarr(path: Path, data: xr.Dataset, rows_per_chunk: int = 4) -> Path:
+    """One time and `rows_per_chunk` latitudes a chunk, not compressed."""
+    rows = {"latitude": rows_per_chunk, "time": 1}
+    encoding = {
+        name: {"chunks": tuple(rows.get(str(dim), data.sizes[dim]) for dim in array.dims), "compressors": None}
+        for name, array in data.data_vars.items()
+    }
+    data.to_zarr(path, mode="w", consolidated=False, encoding=encoding)
+    return path
+
+
+def conf(run: Path, store: Path, **trainer: Any) -> dict[str, Any]:
+    """A config for `dataset()`: 23 training samples, 5 steps an epoch."""
+    return {
+        "run": str(run),
+        "data": {
+            "path": str(store),
+            "variables": ["a", "b"],
+            "statics": ["orography", "sin_latitude"],
+            "forcings": ["cos_zenith"],
+            "step": "6h",
+            "train": ["2020-01-01", "2020-01-07"],
+            "valid": ["2020-01-07", "2020-01-08 12:00"],
+            "test": ["2020-01-08 12:00", "2020-01-11"],
+        },
+        "model": {"name": "unet", "width": 4, "levels": 1, "groups": 2},
+        "trainer": {"epochs": 2, "batch_size": 4, **trainer},
+        "forecast": {"lead": "24h"},
+    }

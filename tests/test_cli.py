@@ -1,0 +1,99 @@
+"""The command line as a user meets it: one process, real files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from credit.cli import main
+from tests.stores import conf, dataset, write_zarr
+
+
+def test_help_is_quick_because_it_imports_no_torch() -> None:
+    script = (
+        "import sys, json\n"
+        "try:\n    from credit.cli import main; main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert not loaded & {"torch", "numpy", "xarray", "pydantic", "mpi4py"}
+    assert "torchrun --nproc-per-node 4 -m credit train configs/quickstart.yaml" in done.stdout
+
+
+def test_domain_parallel_needs_torch_alone() -> None:
+    script = "import sys, credit.domain_parallel as d; print(*{m.split('.')[0] for m in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"xarray", "zarr", "pydantic", "mpi4py", "netCDF4", "yaml"}
+    imported = subprocess.run(
+        [sys.executable, "-c", "import sys, credit.domain_parallel; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    ours = {name for name in imported if name.startswith("credit.") and not name.startswith("credit.domain_parallel")}
+    assert ours == set()
+
+
+def test_the_whole_chain_in_one_process(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = write_zarr(tmp_path / "s.zarr", dataset(levels=(500.0,)))
+    raw = conf(Path("run"), store)
+    raw["data"].update(variables=["a", "c"], levels=[500])
+    Path("c.yaml").write_text(yaml.safe_dump(raw))
+    before = {path for path in tmp_path.rglob("*") if "s.zarr" in path.parts}
+
+    assert main(["train", "c.yaml"]) == 2
+    assert "there are no statistics at run/stats.nc: run `credit data stats CONFIG`" in capsys.readouterr().err
+    assert main(["data", "stats", "c.yaml"]) == 0
+    assert "c_500: mean" in capsys.readouterr().out
+    assert main(["train", "c.yaml", "--dry-run"]) == 0
+    assert "13 x 16, 23 training samples" in capsys.readouterr().out
+    assert main(["train", "c.yaml"]) == 0
+    assert "step 10/10" in capsys.readouterr().out
+    assert main(["forecast", "c.yaml"]) == 0
+    assert main(["score", "c.yaml"]) == 0
+    assert "c_500        24 h" in capsys.readouterr().out
+
+    made = {path.name for path in Path("run").iterdir()}
+    assert made >= {"stats.nc", "log.csv", "valid.csv", "checkpoints", "forecast.zarr", "scores.csv", "map.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "s.zarr", "c.yaml"}
+    assert {path for path in tmp_path.rglob("*") if "s.zarr" in path.parts} == before
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [("4", "3    "), ("5", "5 ranks do not divide into replicas of tensor 1 x domain 2 = 2 ranks: start 4 or 6 ranks")],
+)
+def test_a_dry_run_lays_out_ranks(tmp_path, capsys, ranks, message) -> None:
+    path = tmp_path / "c.yaml"
+    raw = conf(tmp_path / "run", write_zarr(tmp_path / "s.zarr", dataset()))
+    raw["trainer"]["parallelism"] = {"data": "ddp", "domain": 2}
+    path.write_text(yaml.safe_dump(raw))
+    main(["data", "stats", str(path)])
+    code = main(["train", str(path), "--dry-run", "--ranks", ranks])
+    said = capsys.readouterr()
+    assert message in said.out + said.err
+    if ranks == "4":
+        assert code == 0
+        rows = [line.split() for line in said.out.splitlines()[-4:]]
+        assert rows == [[str(r), str(r // 2), "0", str(r % 2), ("0..6", "7..12")[r % 2]] for r in range(4)]
+    else:
+        assert code == 2
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_forecast_and_score_say_what_is_to_be_done_first(tmp_path, capsys) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(conf(tmp_path / "run", write_zarr(tmp_path / "s.zarr", dataset()))))
+    main(["data", "stats", str(path)])
+    assert main(["forecast", str(path)]) == 2
+    assert "run `credit train` first" in capsys.readouterr().err
+    assert main(["score", str(path)]) == 2
+    assert "run `credit forecast` first" in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""The config: what is accepted, and what the error says of what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from credit.config import load_config, parse_config
+from credit.errors import ConfigError
+from tests.stores import conf
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def raw() -> dict:
+    return conf(Path("run"), Path("s.zarr"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configs_are_valid_and_written_back_alike(path) -> None:
+    config = load_config(path)
+    assert parse_config(config.to_dict()) == config
+    assert parse_config(config.to_dict()).digest == config.digest
+
+
+def test_there_are_configs() -> None:
+    assert {path.name for path in CONFIGS} >= {"quickstart.yaml", "era5_sample.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("trainer.batchsize", 2, "unknown key trainer.batchsize; did you mean 'batch_size'?"),
+        ("trainer.parallelism.domian", 2, "unknown key trainer.parallelism.domian; did you mean 'domain'?"),
+        ("colour", 1, "unknown key colour; known keys: run, data, model, trainer, forecast"),
+        ("data.stepp", "6h", "unknown key data.stepp; did you mean 'step'?"),
+        ("trainer.parallelism.domain", "two", "trainer.parallelism.domain: input should be a valid integer, got 'two'"),
+        ("trainer.parallelism.domain", 0, "trainer.parallelism.domain: input should be greater than or equal to 1"),
+        ("trainer.epochs", None, "trainer.epochs: input should be a valid integer"),
+        ("data.step", "6 hours", "data.step: '6 hours' is no duration; write hours or days"),
+        ("data.train", ["2020-02-01", "2020-01-01"], "data.train: the period starts at 2020-02-01"),
+        ("data.test", ["2020-01-03", "2020-01-11"], "data: train and test share times"),
+        ("model.width", 6, "model: groups 2 does not divide width 6"),
+        ("model.name", "unett", "model.name: input should be 'unet'"),
+        ("forecast.lead", "7h", "config: forecast.lead 7 h is not a multiple of data.step"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(raw, key, value, message) -> None:
+    *parents, last = key.split(".")
+    block = raw
+    for parent in parents:
+        block = block.setdefault(parent, {})
+    block[last] = value
+    if key == "model.width":
+        block["groups"] = 4
+        message = message.replace("groups 2", "groups 4")
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw, "my.yaml")
+    assert str(caught.value).startswith("my.yaml: ")
+    assert message in str(caught.value)
+
+
+def test_a_missing_key_is_named(raw) -> None:
+    del raw["trainer"]["batch_size"], raw["data"]["step"]
+    with pytest.raises(ConfigError, match=r"data\.step is missing; trainer\.batch_size is missing"):
+        parse_config(raw)
+
+
+def test_values_replaced_from_the_command_line(raw, tmp_path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    config = load_config(path, ["trainer.epochs=7", "trainer.parallelism.domain=3", "data.variables=[b]"])
+    assert (config.trainer.epochs, config.trainer.parallelism.domain, config.data.variables) == (7, 3, ["b"])
+    with pytest.raises(ConfigError, match=r"cannot set 'trainer.epochs': write it as trainer.epochs=2"):
+        load_config(path, ["trainer.epochs"])
+    with pytest.raises(ConfigError, match=r"cannot set run.x: run is a value, not a block"):
+        load_config(path, ["run.x=1"])
+
+
+def test_a_file_that_is_no_config_is_refused(tmp_path) -> None:
+    for text, message in (("a: [", "is not valid YAML"), ("- 1", "must hold the keys run, data, model")):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_config(tmp_path / "c.yaml")
