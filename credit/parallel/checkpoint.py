@@ -39,8 +39,6 @@ def save_checkpoint(directory: Path, step: int, model: nn.Module, optimizer: Opt
         facts: small and JSON; kept in the manifest, the same on all ranks.
     """
     final = directory / f"step-{step:08d}"
-    if final.exists():
-        return final
     partial = directory / f".{final.name}.partial"
     with together("preparing a checkpoint"):
         if _rank() == 0:

@@ -166,8 +166,9 @@ class TrainingRun:
             return 0
         refuse_other_run(verify_checkpoint(newest[0]), run_facts(self.job.config))
         load_checkpoint(newest[0], self.model, self.optimizer)
-        self.job.say(f"resuming from {newest[0]}")
-        return int(newest[0].name.removeprefix("step-"))
+        step = int(newest[0].name.removeprefix("step-"))
+        self.job.say(f"resuming from {newest[0]}" if step < self.steps else f"{newest[0]} is the last: nothing to do")
+        return step
 
     def run(self) -> Trained:
         """All steps that are left, with checkpoints, validation after each epoch, and a log."""
@@ -197,11 +198,10 @@ class TrainingRun:
                         f"the loss is {loss} at step {step + 1}: lower trainer.learning_rate, or set trainer.clip; "
                         f"{self.checkpoints} holds the steps before"
                     )
-                if (step + 1) % self.trainer.checkpoint_every == 0:
+                if (step + 1) % self.trainer.checkpoint_every == 0 or step + 1 == self.steps:
                     save(step + 1)
             trained.valid_loss = self.validate()
             log.epoch(epoch + 1, (epoch + 1) * self.steps_per_epoch, trained.valid_loss)
-        save(self.steps)
         log.close()
         return trained
 
