@@ -172,3 +172,30 @@ def test_windows_that_do_not_fit_a_shard_are_reported() -> None:
     assert warning == "level 1: 20 local rows do not divide into windows of 3 rows"
     (warning,) = validate_sharding_constraints(model, 180, [5, 3])
     assert "level 1: 180 local rows do not divide by the encoder's stride of 8" in warning
+
+
+class Fickle(nn.Module):
+    """Works on another grid at every second call, for inputs of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.finer = nn.Upsample(size=(22, 4))
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.conv(self.finer(x) if self.calls % 2 == 0 else x)
+
+
+def forward_twice() -> None:
+    model = convert_to_domain_parallel(Fickle(), parity.manager())
+    x = shard_tensor(torch.zeros(1, 1, 11, 4), -2, parity.manager())
+    model(x)
+    model(x)
+
+
+def test_shapes_that_change_without_the_inputs_are_refused_not_computed_wrong(worlds) -> None:
+    with pytest.raises(RankError, match=r"conv: got 11 rows where an earlier forward .* had [56]") as caught:
+        worlds(2).run(forward_twice)
+    assert len(caught.value.errors) == 2
