@@ -90,7 +90,7 @@ def _load(arguments: argparse.Namespace) -> Any:
 
 def _train(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
-        from credit.launch.dry_run import dry_run
+        from credit.training.dry_run import dry_run
 
         print(dry_run(_load(arguments), arguments.ranks))
         return

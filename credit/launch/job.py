@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,9 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import credit
 from credit.config import Config
-from credit.data.prepare import load_fields_statistics, make_built_in, store_path
-from credit.data.statistics import Statistics
-from credit.data.store import FieldStore
 from credit.domain_parallel.manager import DomainParallelManager
 from credit.domain_parallel.partition import Partition
 from credit.errors import ConfigError, LaunchError
@@ -60,18 +56,6 @@ class Job:
     def rows(self, latitudes: int) -> range:
         """The latitude rows of this rank, of that many."""
         return Partition(latitudes, self.shape.domain).range(self.coords.domain)
-
-    def open_store(self) -> tuple[FieldStore, Statistics]:
-        """The config's store and statistics; rank 0 makes what comes with the package first."""
-        with together("preparing the data"):
-            if self.is_first:
-                make_built_in(self.config)
-        with together("opening the data"):
-            store = FieldStore(store_path(self.config))
-            statistics = load_fields_statistics(self.config, store)
-            if store.grid.shape[0] < self.shape.domain:
-                raise ConfigError(f"{store.grid.shape[0]} latitudes cannot be cut over domain: {self.shape.domain}")
-        return store, statistics
 
 
 @contextmanager
@@ -156,8 +140,3 @@ def _bound_waits(meshes: list[DeviceMesh | None], timeout: timedelta) -> None:
     for mesh in meshes:
         for group in mesh.get_all_groups() if mesh is not None else ():
             dist.distributed_c10d._set_pg_timeout(timeout, group)
-
-
-def run_directory(config: Config) -> Path:
-    config.run.mkdir(parents=True, exist_ok=True)
-    return config.run

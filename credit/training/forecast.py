@@ -20,7 +20,8 @@ from credit.launch.job import Job
 from credit.parallel.checkpoint import list_checkpoints, load_checkpoint, verify_checkpoint
 from credit.parallel.collectives import together
 from credit.training.log import Progress
-from credit.training.train import prepare_model, refuse_other_run, run_facts
+from credit.training.setup import open_store, prepare_model
+from credit.training.train import refuse_other_run, run_facts
 
 HOUR = np.timedelta64(1, "h")
 
@@ -53,7 +54,7 @@ def forecast(job: Job) -> Path:
         The store, `forecast.zarr` in the run directory: (init_time, lead_time, [level,] latitude, longitude).
     """
     config = job.config
-    store, statistics = job.open_store()
+    store, statistics = open_store(job)
     with together("preparing the forecast"):
         fields = Fields(config, store, statistics, job.rows(store.grid.shape[0]))
         steps = config.forecast.lead_hours // config.data.step_hours

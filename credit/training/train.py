@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -17,10 +16,8 @@ from torch.utils.data import DataLoader
 from credit.config import Config, Trainer
 from credit.data.dataset import Fields, StepDataset
 from credit.data.sampler import DataParallelSampler
-from credit.domain_parallel import convert_to_domain_parallel
-from credit.errors import CheckpointError, ConfigError, CreditError
-from credit.launch.job import Job, run_directory
-from credit.models import DOMAIN_CONVERTERS, build_model
+from credit.errors import CheckpointError, CreditError
+from credit.launch.job import Job
 from credit.parallel.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, verify_checkpoint
 from credit.parallel.collectives import (
     all_sum,
@@ -30,9 +27,9 @@ from credit.parallel.collectives import (
     sync_domain_gradients,
     together,
 )
-from credit.parallel.fsdp2 import apply_ddp, apply_fsdp2
 from credit.training.log import StepLog
 from credit.training.loss import LatitudeWeightedMSE
+from credit.training.setup import open_store, prepare_model
 
 
 def learning_rate(step: int, steps: int, trainer: Trainer) -> float:
@@ -41,41 +38,6 @@ def learning_rate(step: int, steps: int, trainer: Trainer) -> float:
         return trainer.learning_rate * (step + 1) / trainer.warmup_steps
     done = (step - trainer.warmup_steps) / max(steps - trainer.warmup_steps, 1)
     return trainer.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def prepare_model(job: Job, fields: Fields) -> nn.Module:
-    """The config's model on this rank's device, cut by latitude, replicated or sharded over the mesh.
-
-    Raises:
-        CreditError: on every rank, if the initial weights differ between ranks.
-    """
-    config = job.config
-    torch.manual_seed(config.trainer.seed)
-    with together("building the model"):
-        try:
-            model = build_model(config.model, fields.input_channels, len(fields.predicted), fields.store.grid.shape)
-        except ValueError as error:
-            raise ConfigError(f"model: {error}") from None
-    model = model.to(job.device, getattr(torch, config.trainer.dtype))
-    _refuse_unequal_weights(model)
-    model = convert_to_domain_parallel(model, job.manager, custom_converters=DOMAIN_CONVERTERS)
-    if job.gradient_mesh is not None and config.trainer.parallelism.data == "fsdp2":
-        return apply_fsdp2(model, job.gradient_mesh, config.to_dict())
-    if job.gradient_mesh is not None and config.trainer.parallelism.data == "ddp":
-        return apply_ddp(model, job.gradient_mesh)
-    return model
-
-
-def _refuse_unequal_weights(model: nn.Module) -> None:
-    digest = hashlib.blake2b(digest_size=8)
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    digests = gather_objects(digest.hexdigest())
-    if len(set(digests)) > 1:
-        odd = [rank for rank, one in enumerate(digests) if one != digests[0]]
-        raise CreditError(
-            f"initial weights on ranks {odd} differ from rank 0's: the model draws from something unseeded"
-        )
 
 
 @dataclass(eq=False)
@@ -93,7 +55,7 @@ class TrainingRun:
     def __init__(self, job: Job) -> None:
         self.job, self.trainer = job, job.config.trainer
         self.dtype = getattr(torch, self.trainer.dtype)
-        store, statistics = job.open_store()
+        store, statistics = open_store(job)
         rows = job.rows(store.grid.shape[0])
         with together("opening the data"):
             self.fields = Fields(job.config, store, statistics, rows)
@@ -174,7 +136,8 @@ class TrainingRun:
         """All steps that are left, with checkpoints, validation after each epoch, and a log."""
         first = self.resume()
         trained = Trained(self.model, [])
-        log = StepLog(run_directory(self.job.config), first, self.steps, self.job.is_first)
+        self.job.config.run.mkdir(parents=True, exist_ok=True)
+        log = StepLog(self.job.config.run, first, self.steps, self.job.is_first)
         save = partial(
             save_checkpoint,
             self.checkpoints,

@@ -16,6 +16,7 @@ from credit.data.store import FieldStore
 from credit.errors import CreditError
 from credit.launch.job import start_job
 from credit.parallel.checkpoint import list_checkpoints
+from credit.training import setup
 from credit.training import train as training
 from credit.training.forecast import forecast
 from credit.training.score import score
@@ -157,7 +158,7 @@ def test_every_rank_starts_from_the_same_weights_or_none_does(worlds, raw, tmp_p
 def unseeded(raw: dict) -> None:
     import torch.distributed as dist
 
-    real, training.build_model = training.build_model, None
+    real = setup.build_model
 
     def build(*args):
         model = real(*args)
@@ -165,8 +166,8 @@ def unseeded(raw: dict) -> None:
             model.stem.conv.weight += dist.get_rank()
         return model
 
-    training.build_model = build
+    setup.build_model = build
     try:
         curve(raw)
     finally:
-        training.build_model = real
+        setup.build_model = real

@@ -1,0 +1,71 @@
+"""What training and forecasting start from: the store, and the model laid out on the mesh."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from credit.data.dataset import Fields
+from credit.data.prepare import load_fields_statistics, make_built_in, store_path
+from credit.data.statistics import Statistics
+from credit.data.store import FieldStore
+from credit.domain_parallel import convert_to_domain_parallel
+from credit.errors import ConfigError, CreditError
+from credit.launch.job import Job
+from credit.models import DOMAIN_CONVERTERS, build_model
+from credit.parallel.collectives import gather_objects, together
+from credit.parallel.fsdp2 import apply_ddp, apply_fsdp2
+
+
+def open_store(job: Job) -> tuple[FieldStore, Statistics]:
+    """The config's store and statistics; rank 0 makes what comes with the package first.
+
+    Raises:
+        CreditError: on every rank, if either is missing or damaged, or has fewer latitudes than domain ranks.
+    """
+    with together("preparing the data"):
+        if job.is_first:
+            make_built_in(job.config)
+    with together("opening the data"):
+        store = FieldStore(store_path(job.config))
+        statistics = load_fields_statistics(job.config, store)
+        if store.grid.shape[0] < job.shape.domain:
+            raise ConfigError(f"{store.grid.shape[0]} latitudes cannot be cut over domain: {job.shape.domain}")
+    return store, statistics
+
+
+def prepare_model(job: Job, fields: Fields) -> nn.Module:
+    """The config's model on this rank's device, cut by latitude, replicated or sharded over the mesh.
+
+    Raises:
+        CreditError: on every rank, if the initial weights differ between ranks.
+    """
+    config = job.config
+    torch.manual_seed(config.trainer.seed)
+    with together("building the model"):
+        try:
+            model = build_model(config.model, fields.input_channels, len(fields.predicted), fields.store.grid.shape)
+        except ValueError as error:
+            raise ConfigError(f"model: {error}") from None
+    model = model.to(job.device, getattr(torch, config.trainer.dtype))
+    _refuse_unequal_weights(model)
+    model = convert_to_domain_parallel(model, job.manager, custom_converters=DOMAIN_CONVERTERS)
+    if job.gradient_mesh is not None and config.trainer.parallelism.data == "fsdp2":
+        return apply_fsdp2(model, job.gradient_mesh, config.to_dict())
+    if job.gradient_mesh is not None and config.trainer.parallelism.data == "ddp":
+        return apply_ddp(model, job.gradient_mesh)
+    return model
+
+
+def _refuse_unequal_weights(model: nn.Module) -> None:
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digests = gather_objects(digest.hexdigest())
+    if len(set(digests)) > 1:
+        odd = [rank for rank, one in enumerate(digests) if one != digests[0]]
+        raise CreditError(
+            f"initial weights on ranks {odd} differ from rank 0's: the model draws from something unseeded"
+        )
