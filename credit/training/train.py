@@ -42,10 +42,11 @@ def learning_rate(step: int, steps: int, trainer: Trainer) -> float:
 
 @dataclass(eq=False)
 class Trained:
-    """What a call to `train` leaves: the model, and the global mean loss of each step that it ran."""
+    """What a call to `train` leaves: the model, and of each step that it ran the global mean loss and gradient norm."""
 
     model: nn.Module
     losses: list[float]
+    gradient_norms: list[float]
     valid_loss: float | None = None
 
 
@@ -135,7 +136,7 @@ class TrainingRun:
     def run(self) -> Trained:
         """All steps that are left, with checkpoints, validation after each epoch, and a log."""
         first = self.resume()
-        trained = Trained(self.model, [])
+        trained = Trained(self.model, [], [])
         self.job.config.run.mkdir(parents=True, exist_ok=True)
         log = StepLog(self.job.config.run, first, self.steps, self.job.is_first)
         save = partial(
@@ -155,6 +156,7 @@ class TrainingRun:
                 begin = time.perf_counter()
                 loss, norm, rate = self.train_step(batch, step)
                 trained.losses.append(loss)
+                trained.gradient_norms.append(norm)
                 log.step(step + 1, epoch + 1, loss, norm, rate, self.trainer.batch_size, time.perf_counter() - begin)
                 if not math.isfinite(loss):
                     raise CreditError(

@@ -38,6 +38,7 @@ def conf(run: Path, domain: int = 1, data: str = "none", dtype: str = "float32",
             "epochs": 4,
             "batch_size": 2,
             "warmup_steps": 3,
+            "clip": 0.3,
             "dtype": dtype,
             **trainer,
         },
@@ -45,35 +46,49 @@ def conf(run: Path, domain: int = 1, data: str = "none", dtype: str = "float32",
     }
 
 
-def curve(raw: dict[str, Any]) -> tuple[list[float], float]:
-    """(loss of each step, last validation loss), as this rank sees them."""
+def curve(raw: dict[str, Any]) -> tuple[list[float], float | None, list[float]]:
+    """(loss of each step, last validation loss, gradient norm of each step), as this rank sees them."""
     with start_job(lambda: parse_config(raw)) as job:
         trained = train(job)
-    return trained.losses, trained.valid_loss
+    return trained.losses, trained.valid_loss, trained.gradient_norms
 
 
 @pytest.fixture(scope="module")
-def serial(tmp_path_factory) -> dict[str, tuple[list[float], float]]:
+def serial(tmp_path_factory) -> dict[str, tuple]:
     directory = tmp_path_factory.mktemp("serial")
     return {dtype: curve(conf(directory / dtype, dtype=dtype)) for dtype in TOLERANCE}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    ("dp", "domain", "data"),
-    [(1, 2, "none"), (1, 3, "none"), (1, 4, "fsdp2"), (2, 2, "ddp"), (2, 2, "fsdp2"), (2, 1, "ddp")],
+    ("dp", "domain", "data", "dtype"),
+    [
+        (1, 2, "none", "float32"),
+        (1, 2, "none", "float64"),
+        (1, 3, "none", "float32"),
+        (1, 3, "none", "float64"),
+        (1, 4, "fsdp2", "float32"),
+        (1, 4, "fsdp2", "float64"),
+        (2, 2, "ddp", "float32"),
+        (2, 2, "ddp", "float64"),
+        (2, 2, "fsdp2", "float64"),
+    ],
 )
 def test_the_loss_curve_is_that_of_one_process(worlds, serial, tmp_path, dp, domain, data, dtype) -> None:
-    losses, valid = serial[dtype]
+    """Gradient norms too: AdamW hides a wrong factor on the gradient, norms and clipping do not."""
+    losses, valid, norms = serial[dtype]
     assert len(losses) == STEPS
     assert losses[-1] < losses[0]
-    for rank_losses, rank_valid in worlds(dp * domain).run(curve, conf(tmp_path / "run", domain, data, dtype)):
+    assert min(norms) < 0.3 < max(norms)  # some steps are clipped, some are not
+    for rank_losses, rank_valid, rank_norms in worlds(dp * domain).run(
+        curve, conf(tmp_path / "run", domain, data, dtype)
+    ):
         assert rank_losses == pytest.approx(losses, rel=TOLERANCE[dtype], abs=0)
         assert rank_valid == pytest.approx(valid, rel=TOLERANCE[dtype], abs=0)
+        assert rank_norms == pytest.approx(norms, rel=10 * TOLERANCE[dtype], abs=0)
 
 
 def test_bf16_trains_and_stays_near(worlds, serial, tmp_path) -> None:
     for data in ("none", "fsdp2"):
-        for losses, _ in worlds(2).run(curve, conf(tmp_path / data, 2, data, amp="bf16")):
+        for losses, *_ in worlds(2).run(curve, conf(tmp_path / data, 2, data, amp="bf16")):
             assert losses == pytest.approx(serial["float32"][0], rel=0.05)
             assert losses != pytest.approx(serial["float32"][0], rel=1e-6)

@@ -76,9 +76,9 @@ def on(raw: dict, run: Path, data: str, domain: int) -> dict:
 def test_a_killed_run_goes_on_as_if_it_had_not_been(worlds, raw, tmp_path, before, at, after, rel) -> None:
     """Ten steps, checkpoints at 3, 6 and 9; killed before step `at` + 1, resumed on another mesh."""
     on_mesh = worlds(before[0]).run if rel == 0 else serially
-    whole, whole_valid = on_mesh(curve, on(raw, tmp_path / "whole", *(before[1:] if rel == 0 else ("none", 1))))[0]
+    whole, whole_valid, _ = on_mesh(curve, on(raw, tmp_path / "whole", *(before[1:] if rel == 0 else ("none", 1))))[0]
     worlds(before[0]).run(interrupted, on(raw, tmp_path / "cut", *before[1:]), at)
-    rest, rest_valid = worlds(after[0]).run(curve, on(raw, tmp_path / "cut", *after[1:]))[0]
+    rest, rest_valid, _ = worlds(after[0]).run(curve, on(raw, tmp_path / "cut", *after[1:]))[0]
     assert len(whole) == 10
     assert len(rest) == 10 - at // 3 * 3
     assert rest == pytest.approx(whole[-len(rest) :], rel=rel, abs=0)
@@ -92,7 +92,7 @@ def test_the_last_two_checkpoints_are_kept_and_partial_ones_ignored(raw, tmp_pat
     directory = tmp_path / "run" / "checkpoints"
     (directory / "step-00000099").mkdir()
     assert [path.name for path in list_checkpoints(directory)] == ["step-00000009", "step-00000010"]
-    losses, _ = curve(raw)
+    losses, *_ = curve(raw)
     assert losses == []
 
 
