@@ -67,6 +67,12 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def wait_for_all() -> None:
+    """Return once every rank has come here. `together` does not wait before its body, only after it."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def all_sum(values: Tensor) -> Tensor:
     """Elementwise sum over all ranks."""
     if dist.is_initialized():

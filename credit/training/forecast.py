@@ -18,7 +18,7 @@ from credit.domain_parallel import gather_tensor
 from credit.errors import CheckpointError
 from credit.launch.job import Job
 from credit.parallel.checkpoint import list_checkpoints, load_checkpoint, verify_checkpoint
-from credit.parallel.collectives import together
+from credit.parallel.collectives import together, wait_for_all
 from credit.training.log import Progress
 from credit.training.setup import open_store, prepare_model
 from credit.training.train import refuse_other_run, run_facts
@@ -81,6 +81,7 @@ def forecast(job: Job) -> Path:
             if weight and job.coords.domain == 0:
                 _write(partial, fields, index, lead, whole)
         progress.advance()
+    wait_for_all()
     with together("completing the forecast"):
         if job.is_first:
             shutil.rmtree(path, ignore_errors=True)

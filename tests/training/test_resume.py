@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import xarray as xr
 
 from credit.config import parse_config
@@ -16,9 +18,9 @@ from credit.data.store import FieldStore
 from credit.errors import CreditError
 from credit.launch.job import start_job
 from credit.parallel.checkpoint import list_checkpoints
+from credit.training import forecast as forecasting
 from credit.training import setup
 from credit.training import train as training
-from credit.training.forecast import forecast
 from credit.training.score import score
 from tests.stores import conf, dataset, write_zarr
 from tests.training.test_parity import curve
@@ -97,8 +99,19 @@ def test_the_last_two_checkpoints_are_kept_and_partial_ones_ignored(raw, tmp_pat
 
 
 def forecast_on(raw: dict) -> None:
-    with start_job(lambda: parse_config(raw)) as job:
-        forecast(job)
+    """Ranks other than the first write slowly: none of them may find the store completed under its hands."""
+    real = forecasting._write
+
+    def write(*args) -> None:
+        time.sleep(0.1 if dist.is_initialized() and dist.get_rank() else 0)
+        real(*args)
+
+    forecasting._write = write
+    try:
+        with start_job(lambda: parse_config(raw)) as job:
+            forecasting.forecast(job)
+    finally:
+        forecasting._write = real
 
 
 @pytest.fixture
@@ -156,8 +169,6 @@ def test_every_rank_starts_from_the_same_weights_or_none_does(worlds, raw, tmp_p
 
 
 def unseeded(raw: dict) -> None:
-    import torch.distributed as dist
-
     real = setup.build_model
 
     def build(*args):
