@@ -20,7 +20,7 @@ from typing import Any
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "credit.domain_parallel"])
 
-RANK_TIMEOUT_S = 60
+RANK_TIMEOUT_S = 180
 
 
 class RankError(AssertionError):
@@ -43,7 +43,7 @@ class World:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 400, **kwargs: Any) -> list[Any]:
         for pipe in self._pipes:
             pipe.send((function, args, kwargs))
         results: list[Any] = []

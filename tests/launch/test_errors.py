@@ -17,7 +17,7 @@ from credit.config import parse_config
 from credit.data.prepare import write_statistics
 from tests.stores import conf, dataset, write_zarr
 
-DEADLINE_S = 100
+DEADLINE_S = 240
 
 
 def start_ranks(config: Path, size: int, *more: str) -> tuple[list[int], list[str]]:
