@@ -88,11 +88,6 @@ class Window:
         """Input rows from the first to the last that one output row reads."""
         return self.dilation * (self.kernel - 1) + 1
 
-    @property
-    def is_local(self) -> bool:
-        """True if every output row reads the input row of the same number and no other."""
-        return (self.kernel, self.stride, self.before, self.after) == (1, 1, 0, 0)
-
     def needs(self, out: range, length: int) -> list[int | None]:
         self._check(length)
         first = out.start * self.stride - self.before
