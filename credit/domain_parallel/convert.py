@@ -14,11 +14,13 @@ from credit.domain_parallel.layers import (
     DomainParallelConvTranspose2d,
     DomainParallelConvTranspose3d,
     DomainParallelGroupNorm,
-    DomainParallelInterpolate,
     DomainParallelLayer,
+    DomainParallelRoot,
+    DomainParallelUpsample,
+    become,
 )
-from credit.domain_parallel.lengths import Lengths
-from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager
+from credit.domain_parallel.manager import DomainParallelManager
+from credit.domain_parallel.root import Border
 
 logger = logging.getLogger(__name__)
 
@@ -61,40 +63,15 @@ def _replace_module(parent: nn.Module, name: str, old_module: nn.Module, new_mod
     parent._modules[name] = new_module
 
 
-# For each layer with an exact rule: does this one need it, and the rule.
-_RULES: dict[type[nn.Module], tuple[Callable[[nn.Module], bool], Callable[..., nn.Module]]] = {
+# Layers that take and give shards when called by themselves, too; everything else does inside the converted root.
+_LAYERS: dict[type[nn.Module], tuple[Callable[[nn.Module], bool], Callable[..., nn.Module]]] = {
     nn.Conv2d: (_needs_halo_conv2d, DomainParallelConv2d),
     nn.Conv3d: (_needs_halo_conv3d, lambda conv, dim: DomainParallelConv3d(conv, dim)),
     nn.ConvTranspose2d: (_needs_halo_conv_transpose2d, DomainParallelConvTranspose2d),
     nn.ConvTranspose3d: (_needs_halo_conv_transpose3d, DomainParallelConvTranspose3d),
     nn.GroupNorm: (lambda norm: True, DomainParallelGroupNorm),
-    nn.Upsample: (lambda upsample: True, DomainParallelInterpolate.from_upsample),
+    nn.Upsample: (lambda upsample: True, DomainParallelUpsample),
 }
-
-# Layers that mix rows and have no exact rule yet. A wrong number would be silent, so they are refused.
-_REFUSED: tuple[type[nn.Module], ...] = (
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._LPPoolNd,
-    nn.modules.pooling._MaxUnpoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.FractionalMaxPool2d,
-    nn.FractionalMaxPool3d,
-    nn.modules.batchnorm._NormBase,
-    nn.modules.padding._ConstantPadNd,
-    nn.modules.padding._ReflectionPadNd,
-    nn.modules.padding._ReplicationPadNd,
-    nn.modules.padding._CircularPadNd,
-    nn.modules.conv._ConvNd,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-    nn.Fold,
-    nn.Unfold,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.LocalResponseNorm,
-)
 
 
 def convert_to_domain_parallel(
@@ -105,61 +82,52 @@ def convert_to_domain_parallel(
 ) -> nn.Module:
     """Make `model` compute, on latitude slabs, what it computes on whole fields. In place.
 
-    Convolutions, transposed convolutions, GroupNorm and Upsample get the rows they need from the domain
-    group. Names of parameters, shared modules, hooks and parametrizations stay; a second conversion changes
-    nothing; with one domain rank or no manager the plain model is returned. Layers that act row by row (1x1
-    convolutions, activations, dropout, channel norms) are left alone.
+    The converted model takes shards and gives shards. Inside it, every field has the shape of the whole
+    (`Slab`), every torch function that meets one follows its exact rule, and one that has none is refused
+    with the path of the module and the line of its code. Names of parameters, shared modules, hooks and
+    parametrizations stay; a second conversion changes nothing; with one domain rank or no manager the plain model is
+    returned. A field is a tensor with a batch axis, a channel axis and all axes from `shard_dim` on; other
+    inputs are whole and the same on every rank, and so are other outputs.
 
-    A type that wraps a convolution of its own is given as a whole:
+    A type that a cheaper rule exists for is given as a whole:
 
         convert_to_domain_parallel(model, manager, custom_converters={PeriodicConv2d: DomainParallelPeriodicConv2d})
 
     Args:
         model: the plain model.
         manager: whose domain group shares the fields.
-        shard_dim: the sharded axis, counted from the end: -2 for latitude in (..., latitude, longitude).
-        custom_converters: replacement for modules of these very types; their children are left alone.
+        shard_dim: the sharded axis, counted from the end: -2 for latitude in (..., latitude, longitude), -1 for
+            longitude.
+        custom_converters: replacement for modules of these very types; their children are left alone. The
+            replacement is given a `Slab`, as every module inside the model is.
 
     Returns:
         `model`, or its replacement if a custom converter took the root itself.
-
-    Raises:
-        DomainParallelError: naming every module that mixes rows and has no exact rule.
     """
-    if manager is None or manager.domain_world_size == 1 or getattr(model, "_domain_lengths", None):
+    if manager is None or manager.domain_world_size == 1 or isinstance(model, DomainParallelRoot):
         return model
     if shard_dim >= 0:
         raise ValueError(f"shard_dim counts from the end of a field, -2 for latitude; got {shard_dim}")
-    refusals: list[str] = []
-    sites = _find_sites(model, shard_dim, custom_converters or {}, refusals)
-    if refusals:
-        raise DomainParallelError(
-            f"{type(model).__name__} cannot be sharded along axis {shard_dim}:\n"
-            + "\n".join(f"  {line}" for line in refusals)
-            + "\nReplace these modules, or give their types to custom_converters; or use domain: 1."
-        )
-    lengths = Lengths(manager, shard_dim)
-    for path, module, convert in sites:
+    for path, module, convert in _find_sites(model, shard_dim, custom_converters or {}):
         layer = convert(module)
-        if isinstance(layer, DomainParallelLayer):
-            layer.bind(manager, lengths, path or type(module).__name__)
         if layer.__dict__ is module.__dict__:
             module.__class__ = type(layer)
+            layer = module
         elif path:
             _replace_everywhere(model, module, layer)
         else:
             model = layer
-    model._domain_lengths = lengths
-    model.register_forward_pre_hook(lengths.open, prepend=True, with_kwargs=True)
-    model.register_forward_hook(lengths.close, always_call=True)
-    logger.debug("domain parallel over %d ranks: %d layers exchange rows", manager.domain_world_size, len(sites))
+        if isinstance(layer, DomainParallelLayer):
+            layer.__dict__["_domain_manager"] = manager
+    become(model, DomainParallelRoot)
+    model._domain_border = Border(manager, shard_dim)
     return model
 
 
 def _find_sites(
-    model: nn.Module, shard_dim: int, custom: Mapping[Any, Converter], refusals: list[str]
+    model: nn.Module, shard_dim: int, custom: Mapping[Any, Converter]
 ) -> list[tuple[str, nn.Module, Converter]]:
-    """Every module to convert, once, with its path; what cannot be converted is described in `refusals`."""
+    """Every module to convert, once, with its path."""
     sites: list[tuple[str, nn.Module, Converter]] = []
     seen: set[nn.Module] = set()
 
@@ -170,15 +138,11 @@ def _find_sites(
         if type(module) in custom:
             sites.append((path, module, custom[type(module)]))
             return
-        plain = next((kind for kind in _RULES if isinstance(module, kind)), None)
-        if plain is not None and _overridden(type(module), plain):
-            refusals.append(f"{path or 'model'}: {type(module).__name__} changes the forward of {plain.__name__}")
-        elif plain is not None:
-            needed, rule = _RULES[plain]
-            if needed(module):
-                sites.append((path, module, lambda m, rule=rule: rule(m, shard_dim)))
-        elif isinstance(module, _REFUSED) or _spatial_layer_norm(module):
-            refusals.append(f"{path or 'model'}: {module} mixes rows and has no exact rule yet")
+        plain = next((kind for kind in _LAYERS if isinstance(module, kind)), None)
+        # A subclass with a forward of its own is the model's code like any other.
+        if plain is not None and not _overridden(type(module), plain) and _LAYERS[plain][0](module):
+            rule = _LAYERS[plain][1]
+            sites.append((path, module, lambda m, rule=rule: rule(m, shard_dim)))
         for name, child in module.named_children():
             walk(child, f"{path}.{name}" if path else name)
 
@@ -189,10 +153,6 @@ def _find_sites(
 def _overridden(kind: type[nn.Module], plain: type[nn.Module]) -> bool:
     names = ("forward", "_conv_forward")
     return any(getattr(kind, name, None) is not getattr(plain, name, None) for name in names)
-
-
-def _spatial_layer_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) > 1
 
 
 def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -19,10 +19,10 @@ from credit.domain_parallel.manager import (
     DomainParallelManager,
     get_domain_parallel_manager,
 )
-from credit.domain_parallel.partition import FILL, Plan, Window, make_plan
+from credit.domain_parallel.partition import FILL, Partition, Plan, Window, make_plan
 
 
-def exchange(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager) -> Tensor:
+def exchange(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager, fill: float = 0.0) -> Tensor:
     """The rows of the global field that `plan` asks for, as one tensor.
 
     Args:
@@ -30,16 +30,17 @@ def exchange(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager) ->
         plan: made by `make_plan` for this rank.
         dim: the sharded axis.
         manager: gives the domain group and counts the traffic.
+        fill: what the rows past a pole hold that belong to no rank.
 
     Returns:
         A tensor of `plan.rows` rows along `dim`; `x` itself where it already is what is needed.
     """
     if plan.is_identity:
         return x
-    return _Exchange.apply(x, plan, dim % x.ndim, manager)
+    return _Exchange.apply(x, plan, dim % x.ndim, manager, fill)
 
 
-def _swap(
+def swap(
     outgoing: dict[int, Tensor], incoming: dict[int, list[int]], like: Tensor, manager: DomainParallelManager
 ) -> dict[int, Tensor]:
     """One message to each peer of `outgoing`, one from each of `incoming` (peer: shape)."""
@@ -64,23 +65,23 @@ def _with_rows(shape: torch.Size, dim: int, rows: int) -> list[int]:
     return [*shape[:dim], rows, *shape[dim + 1 :]]
 
 
-def _gather_rows(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager) -> Tensor:
+def _gather_rows(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager, fill: float = 0.0) -> Tensor:
     outgoing = {
         peer: torch.cat([x.narrow(dim, first, count) for first, count in runs], dim)
         for peer, runs in plan.sends.items()
     }
     shapes = {peer: _with_rows(x.shape, dim, rows) for peer, rows in plan.receives.items()}
-    source = {plan.rank: x, **_swap(outgoing, shapes, x, manager)}
+    source = {plan.rank: x, **swap(outgoing, shapes, x, manager)}
     pieces = []
     for piece in plan.pieces:
         if piece.source == FILL:
-            pieces.append(x.new_zeros(_with_rows(x.shape, dim, piece.count)))
+            pieces.append(x.new_full(_with_rows(x.shape, dim, piece.count), fill))
         elif piece.step == 1:
             pieces.append(source[piece.source].narrow(dim, piece.first, piece.count))
         else:
             lowest = piece.first - piece.count + 1
             pieces.append(source[piece.source].narrow(dim, lowest, piece.count).flip(dim))
-    return torch.cat(pieces, dim)
+    return torch.cat(pieces, dim) if pieces else x.narrow(dim, 0, 0)
 
 
 def _scatter_add_rows(grad: Tensor, plan: Plan, dim: int, manager: DomainParallelManager) -> Tensor:
@@ -100,7 +101,7 @@ def _scatter_add_rows(grad: Tensor, plan: Plan, dim: int, manager: DomainParalle
     own = totals.pop(plan.rank)
     counts = {peer: sum(count for _, count in runs) for peer, runs in plan.sends.items()}
     shapes = {peer: _with_rows(grad.shape, dim, rows) for peer, rows in counts.items()}
-    for peer, message in _swap(totals, shapes, grad, manager).items():
+    for peer, message in swap(totals, shapes, grad, manager).items():
         position = 0
         for first, count in plan.sends[peer]:
             own.narrow(dim, first, count).add_(message.narrow(dim, position, count))
@@ -110,13 +111,13 @@ def _scatter_add_rows(grad: Tensor, plan: Plan, dim: int, manager: DomainParalle
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager) -> Tensor:
+    def forward(ctx: Any, x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager, fill: float) -> Tensor:
         ctx.geometry = plan, dim, manager
-        return _gather_rows(x, plan, dim, manager)
+        return _gather_rows(x, plan, dim, manager, fill)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _ExchangeTransposed.apply(grad, *ctx.geometry), None, None, None
+        return _ExchangeTransposed.apply(grad, *ctx.geometry), None, None, None, None
 
 
 class _ExchangeTransposed(torch.autograd.Function):
@@ -127,7 +128,7 @@ class _ExchangeTransposed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
-        return _Exchange.apply(x, *ctx.geometry), None, None, None
+        return _Exchange.apply(x, *ctx.geometry, 0.0), None, None, None
 
 
 class _HaloExchangeFunction(torch.autograd.Function):
@@ -137,7 +138,7 @@ class _HaloExchangeFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, halo_width: int, dim: int, manager: DomainParallelManager) -> Tensor:
         length = global_length(x.shape[dim], manager, "HaloExchange")
         window = Window(kernel=2 * halo_width + 1, before=halo_width, after=halo_width)
-        plan = make_plan(window, length, manager.domain_world_size, manager.domain_rank)
+        plan = make_plan(window, Partition(length, manager.domain_world_size), manager.domain_rank)
         ctx.geometry = plan, dim % x.ndim, manager
         return _gather_rows(x, *ctx.geometry)
 

@@ -5,21 +5,20 @@ of what every rank knows: the global length, the number of ranks and the operato
 evaluate it agree by construction, so no message is needed to agree on messages.
 
     Partition   a global length cut over ranks
-    Window      which input rows an output row reads (also TransposedWindow, Taps, Everything)
+    Window      which input rows an output row reads (also TransposedWindow, Taps, Rows, Everything)
     Plan        per rank: the rows it needs, what it sends, what it receives, what it fills
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
 PAD_MODES = ("zeros", "reflect", "replicate", "circular")
 FILL = -1
-"""Source of a `Piece` made of zeros: rows past a pole that belong to no rank."""
+"""Source of a `Piece` of fill (zeros, usually): rows past a pole that belong to no rank."""
 
 
 class PartitionError(ValueError):
@@ -28,32 +27,62 @@ class PartitionError(ValueError):
 
 @dataclass(frozen=True)
 class Partition:
-    """`length` rows over `parts` ranks, in order; sizes differ by at most one, larger first.
+    """`rows` rows over `parts` ranks, in order; sizes differ by at most one, larger first.
 
-    A function of (length, parts) alone, so that any two tensors of the same global length line up
-    whatever path they took through a model.
+    A function of (rows, parts) alone, so that any two tensors of the same global length line up whatever path
+    they took through a model. An axis that was merged with others has the cut inside it: it is
+    (outer, rows, inner) flattened, and a rank owns its rows for every outer and inner index.
     """
 
-    length: int
+    rows: int
     parts: int
+    outer: int = 1
+    inner: int = 1
+
+    @property
+    def length(self) -> int:
+        return self.outer * self.rows * self.inner
+
+    @property
+    def is_plain(self) -> bool:
+        return self.outer == self.inner == 1
 
     def start(self, rank: int) -> int:
-        quotient, remainder = divmod(self.length, self.parts)
+        quotient, remainder = divmod(self.rows, self.parts)
         return rank * quotient + min(rank, remainder)
 
     def range(self, rank: int) -> range:
+        """The rows of `rank`."""
         return range(self.start(rank), self.start(rank + 1))
+
+    def size(self, rank: int) -> int:
+        """Entries of the axis that `rank` owns."""
+        return self.outer * len(self.range(rank)) * self.inner
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return tuple(len(self.range(rank)) for rank in range(self.parts))
+        return tuple(self.size(rank) for rank in range(self.parts))
 
-    def owner(self, row: int) -> int:
-        quotient, remainder = divmod(self.length, self.parts)
+    def indices(self, rank: int) -> Sequence[int]:
+        """The entries that `rank` owns, in the order it holds them."""
+        rows = self.range(rank)
+        if self.outer == 1:
+            return range(rows.start * self.inner, rows.stop * self.inner)
+        tops = range(rows.start * self.inner, self.length, self.rows * self.inner)
+        return [top + i for top in tops for i in range(len(rows) * self.inner)]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Who owns entry `index`, and where in its shard."""
+        outer, rest = divmod(index, self.rows * self.inner)
+        row, inner = divmod(rest, self.inner)
+        quotient, remainder = divmod(self.rows, self.parts)
         wide = remainder * (quotient + 1)
-        if row < wide:
-            return row // (quotient + 1)
-        return remainder + (row - wide) // quotient
+        rank = row // (quotient + 1) if row < wide else remainder + (row - wide) // quotient
+        owned = self.range(rank)
+        return rank, (outer * len(owned) + row - owned.start) * self.inner + inner
+
+    def owner(self, index: int) -> int:
+        return self.locate(index)[0]
 
 
 class RowMap(Protocol):
@@ -61,8 +90,8 @@ class RowMap(Protocol):
 
     def out_length(self, length: int) -> int: ...
 
-    def needs(self, out: range, length: int) -> Sequence[int | None]:
-        """Global input rows, in the order the local operator wants them; None is a row of zeros."""
+    def needs(self, out: Sequence[int], length: int) -> Sequence[int | None]:
+        """Global input rows, in the order the local operator wants them; None is a row of fill (zeros)."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +117,16 @@ class Window:
         """Input rows from the first to the last that one output row reads."""
         return self.dilation * (self.kernel - 1) + 1
 
-    def needs(self, out: range, length: int) -> list[int | None]:
+    def needs(self, out: Sequence[int], length: int) -> list[int | None]:
         self._check(length)
-        first = out.start * self.stride - self.before
-        stop = (out.stop - 1) * self.stride - self.before + self.reach
+        first = out[0] * self.stride - self.before
+        stop = out[-1] * self.stride - self.before + self.reach
         return [self._row(row, length) for row in range(first, stop)]
+
+    def gaps(self, outputs: int) -> set[int]:
+        """Places in what is needed for so many output rows that none of them reads (stride > kernel)."""
+        read = {o * self.stride + k * self.dilation for o in range(outputs) for k in range(self.kernel)}
+        return set(range((outputs - 1) * self.stride + self.reach)) - read
 
     def _check(self, length: int) -> None:
         # The bounds of torch.nn.functional.pad, so that sharded and plain refuse the same fields.
@@ -134,19 +168,19 @@ class TransposedWindow:
     def out_length(self, length: int) -> int:
         return (length - 1) * self.stride - 2 * self.padding + self.reach + self.output_padding
 
-    def needs(self, out: range, length: int) -> list[int]:
+    def needs(self, out: Sequence[int], length: int) -> list[int]:
         """All rows that reach `out`; one row nearby if none does (its contribution is cut off)."""
-        first = -((self.reach - 1 - out.start - self.padding) // self.stride)
-        last = (out.stop - 1 + self.padding) // self.stride
+        first = -((self.reach - 1 - out[0] - self.padding) // self.stride)
+        last = (out[-1] + self.padding) // self.stride
         first = min(max(first, 0), length - 1)
         return list(range(first, min(max(last, first), length - 1) + 1))
 
-    def crop(self, out: range, length: int) -> tuple[int, int]:
+    def crop(self, out: Sequence[int], length: int) -> tuple[int, int]:
         """Rows to cut (negative: to append) before and after what the unpadded local operator returns."""
         rows = self.needs(out, length)
         begin = rows[0] * self.stride - self.padding
         end = begin + (len(rows) - 1) * self.stride + self.reach
-        return out.start - begin, end - out.stop
+        return out[0] - begin, end - out[-1] - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,20 +193,35 @@ class Taps:
     def out_length(self, length: int) -> int:
         return len(self.rows)
 
-    def needs(self, out: range, length: int) -> list[int]:
+    def needs(self, out: Sequence[int], length: int) -> list[int]:
         taps = [row for o in out for row in self.rows[o]]
         return list(range(min(taps), max(taps) + 1))
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Output row o is input row `rows[o]`; None is a row of fill (slices, rolls, flips, pads)."""
+
+    rows: Sequence[int | None]
+
+    def out_length(self, length: int) -> int:
+        return len(self.rows)
+
+    def needs(self, out: Sequence[int], length: int) -> list[int | None]:
+        return [self.rows[o] for o in out]
+
+
+@dataclass(frozen=True)
 class Everything:
-    """Every rank needs every row (gathering a field)."""
+    """Every rank needs these rows, None for all (gathering a field)."""
+
+    rows: range | None = None
 
     def out_length(self, length: int) -> int:
         return length
 
-    def needs(self, out: range, length: int) -> list[int]:
-        return list(range(length))
+    def needs(self, out: Sequence[int], length: int) -> Sequence[int]:
+        return range(length) if self.rows is None else self.rows
 
 
 @dataclass(frozen=True)
@@ -204,7 +253,7 @@ class Plan:
     pieces: tuple[Piece, ...]
     sends: dict[int, tuple[tuple[int, int], ...]]
     receives: dict[int, int]
-    out: range
+    out: Sequence[int]
     length: int
     shard: int
     rank: int
@@ -221,39 +270,64 @@ class Plan:
 
 
 @lru_cache(maxsize=4096)
-def make_plan(operator: RowMap, length: int, parts: int, rank: int) -> Plan:
-    """Plan of `rank` for `operator` on a field of `length` rows cut over `parts` ranks.
+def make_plan(operator: RowMap, source: Partition, rank: int, target: Partition | None = None) -> Plan:
+    """Plan of `rank` for `operator` on an axis cut as `source` says, its output cut as `target` says.
+
+    Args:
+        operator: which rows are needed.
+        source: the cut of the input.
+        rank: whose plan.
+        target: the cut of the output; by default the plain partition of its length.
 
     Raises:
         PartitionError: if a rank would own no input or no output row (on every rank alike).
     """
-    owned, out = Partition(length, parts), Partition(operator.out_length(length), parts)
-    if min(length, out.length) < parts:
+    length, parts = source.length, source.parts
+    if target is None:
+        target = Partition(operator.out_length(length), parts)
+    if min(source.rows, target.rows) < parts:
         raise PartitionError(
-            f"{length} rows become {max(out.length, 0)} here, and {parts} domain ranks need at least one row each; "
+            f"{length} rows become {max(target.length, 0)} here, and {parts} domain ranks need at least one row each; "
             f"use a smaller domain size or a finer grid"
         )
-    needs = [operator.needs(out.range(peer), length) for peer in range(parts)]
-    wanted = {peer: _rows_of(needs[peer], owned.range(rank)) for peer in range(parts) if peer != rank}
-    messages = {peer: _rows_of(needs[rank], owned.range(peer)) for peer in range(parts) if peer != rank}
-    top = owned.start(rank)
+    needs = [_needs(operator, source, target, peer) for peer in range(parts)]
+    foreign = [_foreign_rows(needs[peer], source, peer) for peer in range(parts)]
     return Plan(
-        pieces=_pieces(needs[rank], owned, rank, messages),
-        sends={peer: _runs([row - top for row in rows]) for peer, rows in wanted.items() if rows},
-        receives={peer: len(rows) for peer, rows in messages.items() if rows},
-        out=out.range(rank),
+        pieces=_pieces(needs[rank], source, rank, foreign[rank]),
+        sends={peer: _runs(rows[rank].values()) for peer, rows in enumerate(foreign) if rank in rows},
+        receives={peer: len(rows) for peer, rows in foreign[rank].items()},
+        out=target.indices(rank),
         length=length,
-        shard=len(owned.range(rank)),
+        shard=source.size(rank),
         rank=rank,
     )
 
 
-def _rows_of(needs: Sequence[int | None], owned: range) -> list[int]:
-    """The rows of `owned` among `needs`, each once, ascending: the contents of one message."""
-    return sorted({row for row in needs if row is not None and row in owned})
+def _needs(operator: RowMap, source: Partition, target: Partition, rank: int) -> Sequence[int | None]:
+    out = target.indices(rank)
+    needs = operator.needs(out, source.length)
+    gaps = operator.gaps(len(out)) if isinstance(operator, Window) else ()
+    if not gaps:
+        return needs
+    own = source.indices(rank)
+    return [None if place in gaps and row not in own else row for place, row in enumerate(needs)]
 
 
-def _runs(rows: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def _foreign_rows(needs: Sequence[int | None], source: Partition, rank: int) -> dict[int, dict[int, int]]:
+    """For each peer that `rank` needs rows of, those rows, each once, ascending: {row: its place in the shard}.
+
+    The contents of one message.
+    """
+    own = source.indices(rank)
+    wanted = set(needs) - set(own) - {None}
+    found: dict[int, dict[int, int]] = {}
+    for row in sorted(row for row in wanted if row is not None):
+        peer, place = source.locate(row)
+        found.setdefault(peer, {})[row] = place
+    return found
+
+
+def _runs(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
     runs: list[tuple[int, int]] = []
     for row in rows:
         if runs and row == sum(runs[-1]):
@@ -264,20 +338,20 @@ def _runs(rows: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 def _pieces(
-    needs: Sequence[int | None], owned: Partition, rank: int, messages: dict[int, list[int]]
+    needs: Sequence[int | None], source: Partition, rank: int, foreign: dict[int, dict[int, int]]
 ) -> tuple[Piece, ...]:
+    places = {row: (peer, place) for peer, rows in foreign.items() for place, row in enumerate(rows)}
     pieces: list[Piece] = []
     for row in needs:
         if row is None:
-            source, index = FILL, 0
+            peer, place = FILL, 0
         else:
-            source = owned.owner(row)
-            index = row - owned.start(rank) if source == rank else bisect_left(messages[source], row)
-        grown = _grow(pieces[-1], source, index) if pieces else None
+            peer, place = places[row] if row in places else source.locate(row)
+        grown = _grow(pieces[-1], peer, place) if pieces else None
         if grown:
             pieces[-1] = grown
         else:
-            pieces.append(Piece(source, index, 1))
+            pieces.append(Piece(peer, place, 1))
     return tuple(pieces)
 
 

@@ -46,7 +46,8 @@ def gather_tensor(x: Tensor, dim: int = -2, manager: DomainParallelManager | Non
     if manager is None:
         return x
     length = global_length(x.shape[dim], manager, "gather_tensor")
-    plan = make_plan(Everything(), length, manager.domain_world_size, manager.domain_rank)
+    parts = manager.domain_world_size
+    plan = make_plan(Everything(), Partition(length, parts), manager.domain_rank, Partition(parts, parts))
     return exchange(x, plan, dim, manager)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from credit.domain_parallel import HaloExchange, gather_tensor, shard_batch, shard_tensor
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.manager import DomainParallelManager
-from credit.domain_parallel.partition import Everything, TransposedWindow, Window, make_plan
+from credit.domain_parallel.partition import Partition, Everything, TransposedWindow, Window, make_plan
 from tests.domain_parallel.parity import manager, relative
 from tests.domain_parallel.test_layers import on_ranks, ranks
 
@@ -31,7 +31,7 @@ def adjoint_defect(operator, length: int) -> float:
     """<F x, y> - <x, F* y>, summed over ranks, relative to <F x, y>."""
     torch.manual_seed(0)
     group = manager()
-    plan = make_plan(operator, length, group.domain_world_size, group.domain_rank)
+    plan = make_plan(operator, Partition(length, group.domain_world_size), group.domain_rank)
     x = shard_tensor(torch.randn(2, 3, length, 4, dtype=torch.float64), -2, group).requires_grad_()
     fx = exchange(x, plan, -2, group)
     y = torch.randn(fx.shape, dtype=torch.float64)
@@ -50,7 +50,7 @@ def test_backward_is_the_adjoint_of_forward(worlds, size, operator, length) -> N
 def second_derivative_defect() -> float:
     """The exchange is linear, so the derivative of its backward is its forward."""
     group = manager()
-    plan = make_plan(Window(5, 1, 1, 2, 2, "reflect"), 11, group.domain_world_size, group.domain_rank)
+    plan = make_plan(Window(5, 1, 1, 2, 2, "reflect"), Partition(11, group.domain_world_size), group.domain_rank)
     torch.manual_seed(group.domain_rank)
     x = torch.randn(1, 1, plan.shard, 2, dtype=torch.float64, requires_grad=True)
     fx = exchange(x, plan, -2, group)

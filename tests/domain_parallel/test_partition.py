@@ -50,7 +50,7 @@ transposed = st.builds(
 def test_executing_the_plans_on_row_numbers_gives_every_rank_what_it_needs(operator, length, parts) -> None:
     """assemble(messages(rows)) == needs, messages match at both ends, and no row is sent that is not needed."""
     try:
-        plans = [make_plan(operator, length, parts, rank) for rank in range(parts)]
+        plans = [make_plan(operator, Partition(length, parts), rank) for rank in range(parts)]
     except PartitionError:
         return
     owned = Partition(length, parts)
@@ -76,19 +76,19 @@ def test_executing_the_plans_on_row_numbers_gives_every_rank_what_it_needs(opera
 
 def test_a_strided_convolution_on_even_rows_reads_one_row_from_one_side_only() -> None:
     # kernel 3, stride 2, padding 1: output 0 of a shard reads the row before it, the last reads none after.
-    plans = [make_plan(Window(3, 2, 1, 1, 1), 720, 4, rank) for rank in range(4)]
+    plans = [make_plan(Window(3, 2, 1, 1, 1), Partition(720, 4), rank) for rank in range(4)]
     assert [plan.receives for plan in plans] == [{}, {0: 1}, {1: 1}, {2: 1}]
 
 
 def test_patches_aligned_with_the_shards_need_nothing() -> None:
-    assert all(make_plan(Window(4, 4), 720, 4, rank).is_identity for rank in range(4))
+    assert all(make_plan(Window(4, 4), Partition(720, 4), rank).is_identity for rank in range(4))
 
 
 def test_fewer_rows_than_ranks_are_refused_alike_on_every_rank() -> None:
     messages = set()
     for rank in range(4):
         with pytest.raises(PartitionError) as caught:
-            make_plan(Window(4, 4), 15, 4, rank)
+            make_plan(Window(4, 4), Partition(15, 4), rank)
         messages.add(str(caught.value))
     assert len(messages) == 1
     assert "15 rows become 3" in messages.pop()

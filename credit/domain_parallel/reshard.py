@@ -1,0 +1,188 @@
+"""Moving a tensor between cuts: other rows, another axis, whole; and sums over the ranks that share it."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from credit.domain_parallel.halo_exchange import exchange, swap
+from credit.domain_parallel.manager import DomainParallelManager
+from credit.domain_parallel.partition import Everything, Partition, RowMap, Rows, make_plan
+from credit.domain_parallel.slab import Slab, parts_of, rank_of
+
+
+def plain_partition(slab: Slab) -> Partition:
+    """How an axis of this length is cut unless there is a reason."""
+    return Partition(slab.shape[slab.cut], parts_of(slab))
+
+
+def recut(slab: Slab, partition: Partition) -> Slab:
+    """The same tensor with the same axis cut otherwise. Free where every rank owns the same entries."""
+    if partition == slab.partition:
+        return slab
+    source = slab.partition
+    if source.outer == partition.outer == 1:
+        # Entries that always stay together move together: the plan is made for blocks of them.
+        block = gcd(source.inner, partition.inner)
+        blocks = Partition(source.rows, source.parts, 1, source.inner // block)
+        target = Partition(partition.rows, source.parts, 1, partition.inner // block)
+    else:
+        block, blocks, target = 1, source, partition
+    local = _blocks(slab.local, slab.cut, block)
+    plan = make_plan(_Same(target.length), blocks, rank_of(slab), target)
+    local = exchange(local, plan, slab.cut, slab.manager)
+    return slab.like(local.flatten(slab.cut, slab.cut + 1), partition=partition)
+
+
+def _blocks(local: Tensor, axis: int, block: int) -> Tensor:
+    return local.unflatten(axis, (local.shape[axis] // block, block))
+
+
+class _Same(Rows):
+    """Every output row is the input row of the same number."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(range(length))
+
+
+def plain(slab: Slab) -> Slab:
+    """The slab with its axis cut as `Partition(length, ranks)`."""
+    return recut(slab, plain_partition(slab))
+
+
+def select(slab: Slab, operator: RowMap, fill: float = 0.0) -> Slab | Tensor:
+    """The rows that `operator` maps to: a slab cut plainly, or whole where there are fewer rows than ranks."""
+    length = slab.shape[slab.cut]
+    out = operator.out_length(length)
+    if out < parts_of(slab):
+        rows = list(operator.needs(range(out), length)) if out else []
+        return _whole_rows(slab, Rows(rows), fill)
+    target = Partition(out, parts_of(slab))
+    plan = make_plan(operator, slab.partition, rank_of(slab), target)
+    return slab.like(exchange(slab.local, plan, slab.cut, slab.manager, fill), partition=target)
+
+
+def _whole_rows(slab: Slab, rows: Rows, fill: float = 0.0) -> Tensor:
+    """These rows, in this order, on every rank."""
+    everyone = Partition(slab.manager.domain_world_size, slab.manager.domain_world_size)
+    plan = make_plan(_Fixed(tuple(rows.rows)), slab.partition, rank_of(slab), everyone)
+    return exchange(slab.local, plan, slab.cut, slab.manager, fill)
+
+
+class _Fixed(Rows):
+    """Every rank needs all of the rows."""
+
+    def needs(self, out: Any, length: int) -> list[int | None]:
+        return list(self.rows)
+
+
+def whole(x: Any) -> Any:
+    """The global tensor on every rank, from a slab; anything else as it is."""
+    if not isinstance(x, Slab):
+        return x
+    partition = x.partition
+    block = partition.inner
+    blocks = Partition(partition.rows, partition.parts, partition.outer)
+    everyone = Partition(partition.parts, partition.parts)
+    plan = make_plan(Everything(), blocks, rank_of(x), everyone)
+    local = exchange(_blocks(x.local, x.cut, block), plan, x.cut, x.manager)
+    return local.flatten(x.cut, x.cut + 1)
+
+
+def own(x: Tensor, axis: int, like: Slab) -> Tensor:
+    """This rank's part of a whole tensor whose `axis` runs along the cut of `like`."""
+    return _part(x, axis, like.partition, rank_of(like))
+
+
+def other_axis(slab: Slab, taken: tuple[int, ...] = ()) -> int | None:
+    """The axis to cut instead of the one that is: the first long enough that is not `taken`."""
+    for axis, length in enumerate(slab.shape):
+        if axis != slab.cut and axis not in taken and length >= parts_of(slab):
+            return axis
+    return None
+
+
+def reshard(slab: Slab, cut: int) -> Slab:
+    """The same tensor cut along another axis: an all-to-all in which every rank sends to every other once."""
+    target = Partition(slab.shape[cut], parts_of(slab))
+    local = _Transpose.apply(slab.local, (slab.cut, slab.partition), (cut, target), slab.manager)
+    return slab.like(local, cut, target)
+
+
+Cut = tuple[int, Partition]
+
+
+class _Transpose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Cut, target: Cut, manager: DomainParallelManager) -> Tensor:
+        ctx.geometry = target, source, manager
+        return _all_to_all(x, source, target, manager)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Transpose.apply(grad, *ctx.geometry), None, None, None
+
+
+def _all_to_all(x: Tensor, source: Cut, target: Cut, manager: DomainParallelManager) -> Tensor:
+    (old_axis, old), (axis, new) = source, target
+    rank, peers = manager.domain_rank, range(manager.domain_world_size)
+    parts = {peer: _part(x, axis, new, peer) for peer in peers}
+    shape = list(parts[rank].shape)
+    shapes = {peer: [*shape[:old_axis], old.size(peer), *shape[old_axis + 1 :]] for peer in peers if peer != rank}
+    mine = parts.pop(rank)
+    received = {rank: mine, **swap(parts, shapes, x, manager)}
+    # Within each outer index the ranks' rows follow one another.
+    pieces = [received[peer].unflatten(old_axis, (old.outer, -1)) for peer in peers]
+    return torch.cat(pieces, old_axis + 1).flatten(old_axis, old_axis + 1)
+
+
+def _part(x: Tensor, axis: int, partition: Partition, rank: int) -> Tensor:
+    rows = partition.range(rank)
+    if partition.outer == 1:
+        return x.narrow(axis, rows.start * partition.inner, len(rows) * partition.inner)
+    x = x.unflatten(axis, (partition.outer, partition.rows, partition.inner)).narrow(axis + 1, rows.start, len(rows))
+    return x.flatten(axis, axis + 2)
+
+
+class AllSum(torch.autograd.Function):
+    """The sum of what the ranks hold, on every rank; the backward sums the ranks' parts of the cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, manager: DomainParallelManager) -> Tensor:
+        ctx.manager = manager
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=manager.domain_group)
+        manager.traffic.collectives += 1
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return AllSum.apply(grad, ctx.manager), None
+
+
+class AllExtreme(torch.autograd.Function):
+    """Largest (sign 1) or smallest (-1) over `dims` of all ranks' rows; ties share the gradient, as in torch.amax."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...], sign: int, manager: DomainParallelManager) -> Tensor:
+        value = x.amax(dims, keepdim=True) if sign > 0 else x.amin(dims, keepdim=True)
+        op = dist.ReduceOp.MAX if sign > 0 else dist.ReduceOp.MIN
+        dist.all_reduce(value, op, group=manager.domain_group)
+        manager.traffic.collectives += 1
+        ctx.save_for_backward(x, value)
+        ctx.dims, ctx.manager = dims, manager
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, value = ctx.saved_tensors
+        chosen = x == value
+        sums = torch.stack([grad, chosen.sum(ctx.dims, keepdim=True).to(grad.dtype)])
+        dist.all_reduce(sums, group=ctx.manager.domain_group)
+        ctx.manager.traffic.collectives += 1
+        return chosen * (sums[0] / sums[1]), None, None, None

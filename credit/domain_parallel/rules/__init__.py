@@ -1,0 +1,15 @@
+"""What each torch function does when it meets a slab. Importing this package fills `slab.RULES`."""
+
+from credit.domain_parallel.rules import (  # noqa: F401
+    along,
+    attributes,
+    contract,
+    norms,
+    pointwise,
+    pooling,
+    random,
+    reductions,
+    rows,
+    views,
+    windows,
+)

@@ -1,0 +1,176 @@
+"""Products: linear layers, matrix products, einsum, attention.
+
+Each axis of each operand has a letter. One letter stays cut; operands that have it are cut along it, the others are
+made whole. If the result has the letter the product is local, otherwise the ranks' products are summed.
+"""
+
+from __future__ import annotations
+
+import string
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from credit.domain_parallel.reshard import AllSum, own, recut, reshard, whole
+from credit.domain_parallel.rules.pointwise import align, pointwise, result
+from credit.domain_parallel.slab import COMPOSITE, RULES, Slab, refuse, rule
+
+
+def contract(func: Any, operands: list[Tensor], letters: list[str], out: str) -> Any:
+    """func(*operands), whose axes are named by `letters` and those of the result by `out`."""
+    cuts = [(x, names[x.cut]) for x, names in zip(operands, letters, strict=True) if isinstance(x, Slab)]
+    # A letter that survives is better than one that is summed over: the ranks' results need no sum.
+    like, letter = min(cuts, key=lambda cut: (cut[1] not in out, -cut[0].numel()))
+    locals_ = [_cut_along(x, names, letter, like) for x, names in zip(operands, letters, strict=True)]
+    product = func(*locals_)
+    if letter in out:
+        return like.like(product, out.index(letter))
+    return AllSum.apply(product, like.manager)
+
+
+def _cut_along(x: Tensor, names: str, letter: str, like: Slab) -> Tensor:
+    axis = names.find(letter)
+    if axis < 0 or x.shape[axis] != like.shape[like.cut]:
+        return whole(x)
+    if not isinstance(x, Slab):
+        return own(x, axis, like)
+    return recut(x if x.cut == axis else reshard(x, axis), like.partition).local
+
+
+@rule("einsum")
+def einsum(equation: Any, *operands: Any) -> Any:
+    if not isinstance(equation, str):
+        refuse("einsum in sublist format", "it has no rule", "Write the equation as a string.")
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    letters = left.split(",")
+    spare = [letter for letter in string.ascii_letters if letter not in equation]
+    widest = max([x.ndim - len(names) + 3 for x, names in zip(operands, letters, strict=True) if "..." in names] or [0])
+    dots = "".join(spare[:widest])
+    letters = [
+        names.replace("...", dots[len(dots) - (x.ndim - len(names) + 3) :]) if "..." in names else names
+        for x, names in zip(operands, letters, strict=True)
+    ]
+    if not arrow:
+        joined = "".join(letters)
+        out = dots + "".join(sorted({c for c in joined if joined.count(c) == 1 and c not in dots}))
+    out = out.replace("...", dots)
+    if any(len(set(names)) < len(names) for names in letters):
+        refuse("einsum along a diagonal", "it has no rule")
+    return contract(lambda *xs: torch.einsum(f"{','.join(letters)}->{out}", *xs), list(operands), letters, out)
+
+
+@rule("F.linear")
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if isinstance(weight, Slab) or isinstance(bias, Slab):
+        refuse("a linear layer whose weight is a field", "it has no rule")
+    if input.cut < input.ndim - 1:
+        return input.like(F.linear(input.local, weight, bias))
+    names = string.ascii_letters[: input.ndim]
+    product = contract(torch.matmul, [input, weight.t()], [names, f"{names[-1]}Z"], f"{names[:-1]}Z")
+    return product if bias is None else torch.add(product, bias)
+
+
+@rule("bilinear")
+def bilinear(x1: Tensor, x2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    like = x1 if isinstance(x1, Slab) else x2
+    if like.cut == like.ndim - 1:
+        refuse("bilinear over the cut axis", "it has no rule")
+    return like.like(F.bilinear(align(x1, like), align(x2, like), weight, bias))
+
+
+def _matrix_letters(a: Tensor, b: Tensor) -> tuple[list[str], str]:
+    batch = string.ascii_lowercase[: max(a.ndim, b.ndim, 2) - 2]
+    of_a = batch[len(batch) - max(a.ndim - 2, 0) :] + ("MK" if a.ndim > 1 else "K")
+    of_b = batch[len(batch) - max(b.ndim - 2, 0) :] + ("KN" if b.ndim > 1 else "K")
+    return [of_a, of_b], batch + ("M" if a.ndim > 1 else "") + ("N" if b.ndim > 1 else "")
+
+
+@rule("matmul", "bmm", "mm", "mv", "dot", "__matmul__")
+def matmul(a: Tensor, b: Tensor) -> Any:
+    return contract(torch.matmul, [a, b], *_matrix_letters(a, b))
+
+
+RULES[torch.Tensor.__rmatmul__] = lambda b, a: matmul(a, b)
+
+
+@rule("addmm", "baddbmm")
+def addmm(input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = matmul(a, b)
+    multiply, add = pointwise(torch.mul), pointwise(torch.add)
+    if not isinstance(product, Slab):
+        return beta * whole(input) + alpha * product
+    return add(multiply(product, alpha), multiply(input, beta) if isinstance(input, Slab) else input * beta)
+
+
+@rule("F.scaled_dot_product_attention")
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Cut along a batch-like axis: local. Cut along the tokens: every rank asks all keys for its own queries."""
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+    if dropout_p:
+        refuse("attention with dropout", "torch draws the mask inside, for local rows", "Set its dropout to 0.")
+    if not isinstance(query, Slab):
+        return F.scaled_dot_product_attention(
+            query, whole(key), whole(value), whole(attn_mask), is_causal=is_causal, **options
+        )
+    axis = query.cut - query.ndim
+    if axis == -1 or (enable_gqa and axis == -3):
+        query = reshard(query, query.ndim - 2)
+        axis = -2
+    mask = _mask(attn_mask, query, axis)
+    if axis == -2:
+        key, value = whole(key), whole(value)
+        if is_causal:
+            rows = torch.tensor(list(query.partition.indices(query.manager.domain_rank)), device=query.device)
+            mask = torch.arange(key.shape[-2], device=query.device) <= rows[:, None]
+        local = F.scaled_dot_product_attention(query.local, key, value, mask, **options)
+    else:
+        key, value = (_batch_part(x, query, axis) for x in (key, value))
+        local = F.scaled_dot_product_attention(query.local, key, value, mask, is_causal=is_causal, **options)
+    return result(local, query)
+
+
+def _batch_part(x: Tensor, query: Slab, axis: int) -> Tensor:
+    """The keys or values that belong to this rank's part of a batch-like axis."""
+    if x.ndim + axis < 0 or x.shape[axis] != query.shape[axis]:
+        return whole(x)
+    if not isinstance(x, Slab):
+        return own(x, x.ndim + axis, query)
+    return recut(x if x.cut == x.ndim + axis else reshard(x, x.ndim + axis), query.partition).local
+
+
+def _mask(mask: Tensor | None, query: Slab, axis: int) -> Tensor | None:
+    return mask if mask is None else _batch_part(mask, query, axis)
+
+
+
+
+def run_body(func: types.FunctionType) -> types.FunctionType:
+    """`func`, a torch function written in Python, without its first lines that hand over to slabs.
+
+    What its body calls is then met one by one.
+    """
+    unguarded = dict(func.__globals__)
+    for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
+        unguarded[name] = lambda *args: False
+    body = types.FunctionType(func.__code__, unguarded, func.__name__, func.__defaults__, func.__closure__)
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body
+
+
+for _func in (F.multi_head_attention_forward, F.normalize, F.gumbel_softmax):
+    COMPOSITE[_func] = run_body(_func)
+

@@ -1,0 +1,339 @@
+"""Pooling, interpolation and pixel shuffling: each output row is made of given input rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from credit.domain_parallel.halo_exchange import exchange
+from credit.domain_parallel.partition import Partition, Taps, Window, make_plan
+from credit.domain_parallel.reshard import other_axis, own, recut, reshard, whole
+from credit.domain_parallel.rules.along import elsewhere
+from credit.domain_parallel.rules.reductions import amax, mean
+from credit.domain_parallel.rules.windows import fetch, per_axis, with_axis
+from credit.domain_parallel.slab import RULES, Slab, parts_of, rank_of, refuse, rule
+
+MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def pooled_length(length: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
+    """Output rows of torch's pooling; with `ceil_mode`, a last window must begin inside the field or before it."""
+    room = length + 2 * padding - dilation * (kernel - 1) - 1
+    out = (-(-room // stride) if ceil_mode else room // stride) + 1
+    return out - 1 if ceil_mode and (out - 1) * stride >= length + padding else out
+
+
+def _pool(function: Any, x: Slab, axes: int, k: Any, s: Any, p: Any, d: Any, ceil_mode: bool, fill: float) -> Any:
+    """`function` on the rows this rank's windows read, with all padding made explicit."""
+    axis = x.cut - (x.ndim - axes)
+    lengths = x.shape[x.ndim - axes :]
+    outs = [pooled_length(*geometry, ceil_mode) for geometry in zip(lengths, k, s, p, d, strict=True)]
+    # After the last window's end there is nothing to read; with ceil_mode that may lie past the padding.
+    afters = [
+        (o - 1) * st + di * (ke - 1) + 1 - length - pa
+        for o, st, di, ke, length, pa in zip(outs, s, d, k, lengths, p, strict=True)
+    ]
+    pads = [(0, 0) if i == axis else (p[i], afters[i]) for i in range(axes)]
+    flat = [n for pair in pads[::-1] for n in pair]
+    if axis < 0:
+        return x.like(function(F.pad(x.local, flat, value=fill)))
+    found = fetch(x, Window(k[axis], s[axis], d[axis], p[axis], afters[axis]), fill)
+    if found is None:
+        flat[2 * (axes - 1 - axis) : 2 * (axes - axis)] = [p[axis], afters[axis]]
+        return function(F.pad(whole(x), flat, value=fill))
+    local, target = found
+    local = F.pad(local, flat, value=fill) if any(flat) else local
+    return x.like(function(local), partition=target)
+
+
+def _max_pool(axes: int) -> Any:
+    def call(
+        input: Slab,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Any:
+        if return_indices:
+            refuse("max pooling with indices", "they count the rows of the whole field")
+        k = per_axis(kernel_size, axes)
+        s = k if stride is None or stride == [] else per_axis(stride, axes)
+        p, d = per_axis(padding, axes), per_axis(dilation, axes)
+        lowest = -float("inf") if input.is_floating_point() else torch.iinfo(input.dtype).min
+
+        def function(x: Tensor) -> Tensor:
+            return MAX_POOL[axes](x, k, s, 0, d)
+
+        return _pool(function, input, axes, k, s, p, d, ceil_mode, lowest)
+
+    return call
+
+
+def _avg_pool(axes: int) -> Any:
+    def call(
+        input: Slab,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Any:
+        k = per_axis(kernel_size, axes)
+        s = k if stride is None or stride == [] else per_axis(stride, axes)
+        p, d = per_axis(padding, axes), [1] * axes
+
+        def function(x: Tensor) -> Tensor:
+            return AVG_POOL[axes](x, k, s)
+
+        y = _pool(function, input, axes, k, s, p, d, ceil_mode, 0.0)
+        if not any(p) and not ceil_mode and divisor_override is None:
+            return y
+        return _recount(y, input, axes, k, s, p, count_include_pad, divisor_override)
+
+    return call
+
+
+def _recount(y: Any, x: Slab, axes: int, k: list, s: list, p: list, include: bool, divisor: int | None) -> Any:
+    """Averages over full kernels made into those over what torch counts, axis by axis."""
+    for i in range(axes):
+        axis = x.ndim - axes + i
+        ends = [(o * s[i] - p[i], o * s[i] - p[i] + k[i]) for o in range(y.shape[axis])]
+        low, high = (-p[i], x.shape[axis] + p[i]) if include else (0, x.shape[axis])
+        counts = [min(end, high) - max(start, low) for start, end in ends]
+        factors = torch.tensor([k[i] / n for n in counts], dtype=torch.float64, device=x.device)
+        if divisor is not None:
+            factors = torch.full_like(factors, k[i] / (divisor if i == 0 else 1))
+        shape = [-1 if a == axis else 1 for a in range(x.ndim)]
+        if isinstance(y, Slab):
+            mine = own(factors, 0, y) if axis == y.cut else factors
+            y = y.like(y.local * mine.to(y.dtype).view(shape))
+        else:
+            y = y * factors.to(y.dtype).view(shape)
+    return y
+
+
+for _axes in (1, 2, 3):
+    for _name in (f"max_pool{_axes}d",):
+        RULES[getattr(F, _name)] = RULES[getattr(torch, _name)] = _max_pool(_axes)
+    RULES[AVG_POOL[_axes]] = _avg_pool(_axes)
+
+
+def _adaptive(axes: int, average: bool) -> Any:
+    def call(input: Slab, output_size: Any, return_indices: bool = False) -> Any:
+        if return_indices:
+            refuse("max pooling with indices", "they count the rows of the whole field")
+        dims = tuple(range(input.ndim - axes, input.ndim))
+        size = [output_size] * axes if isinstance(output_size, int) or output_size is None else list(output_size)
+        size = [input.shape[d] if n is None else n for d, n in zip(dims, size, strict=True)]
+        if all(n == 1 for n in size):
+            return mean(input, dims, True) if average else amax(input, dims, True)
+        kind = "avg" if average else "max"
+        function = getattr(F, f"adaptive_{kind}_pool{axes}d")
+        if not average or input.cut not in dims:
+            return elsewhere(lambda local: function(local, size), input, dims)
+        axis = input.cut - dims[0]
+        taps = _adaptive_taps(input.shape[input.cut], size[axis])
+        return _apply_taps(
+            input, taps, lambda local: function(local, with_axis(size, axis, local.shape[input.cut]))
+        )
+
+    return call
+
+
+for _axes in (1, 2, 3):
+    RULES[getattr(F, f"adaptive_avg_pool{_axes}d")] = _adaptive(_axes, True)
+    RULES[getattr(F, f"adaptive_max_pool{_axes}d")] = _adaptive(_axes, False)
+RULES[torch.adaptive_avg_pool1d] = _adaptive(1, True)
+
+
+@cache
+def _adaptive_taps(length: int, size: int) -> Taps:
+    starts = [o * length // size for o in range(size)]
+    stops = [-(-(o + 1) * length // size) for o in range(size)]
+    width = max(stop - start for start, stop in zip(starts, stops, strict=True))
+    rows = [[min(start + k, stop - 1) for k in range(width)] for start, stop in zip(starts, stops, strict=True)]
+    weights = [
+        [1 / (stop - start) if start + k < stop else 0.0 for k in range(width)]
+        for start, stop in zip(starts, stops, strict=True)
+    ]
+    return Taps(tuple(map(tuple, rows)), tuple(map(tuple, weights)))
+
+
+def _apply_taps(x: Slab, taps: Taps, others: Any) -> Any:
+    """`others` does the axes that are not cut and keeps this one; then this one by its taps."""
+    out, axis = len(taps.rows), x.cut
+    if out < parts_of(x):
+        return _weighted_rows(others(whole(x)), taps, range(out), axis)
+    target = Partition(out, parts_of(x))
+    plan = make_plan(taps, x.partition, rank_of(x), target)
+    local = others(exchange(x.local, plan, axis, x.manager))
+    return x.like(_weighted_rows(local, taps, plan.out, axis), partition=target)
+
+
+def _weighted_rows(x: Tensor, taps: Taps, out: Sequence[int], dim: int) -> Tensor:
+    """Rows `out` of the operator `taps`, from the rows they need."""
+    rows = torch.tensor([taps.rows[o] for o in out], device=x.device)
+    rows -= rows.min()
+    weights = torch.tensor([taps.weights[o] for o in out], dtype=x.dtype, device=x.device)
+    if rows.shape[1] == 1:
+        return x.index_select(dim, rows[:, 0])
+    shape = [-1 if axis == dim else 1 for axis in range(x.ndim)]
+    terms = [x.index_select(dim, rows[:, k]) * weights[:, k].view(shape) for k in range(rows.shape[1])]
+    return torch.stack(terms).sum(0) if len(terms) > 2 else terms[0] + terms[1]
+
+
+@rule("F.interpolate")
+def interpolate(
+    input: Slab,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Any:
+    """Separable: the other axes by torch (this one at scale 1), then this one by its taps."""
+    spatial, axis = input.ndim - 2, input.cut - 2
+    options = {"align_corners": align_corners, "recompute_scale_factor": recompute_scale_factor}
+    if antialias:
+        options["antialias"] = True
+    if axis < 0:
+        return input.like(F.interpolate(input.local, size, scale_factor, mode, **options))
+    sizes = None if size is None else per_axis(size, spatial)
+    scales = None if scale_factor is None else _floats(scale_factor, spatial)
+    taps = _taps(
+        input.shape[input.cut],
+        sizes and sizes[axis],
+        scales and scales[axis],
+        mode,
+        spatial,
+        axis,
+        tuple(sorted(options.items())),
+    )
+    same_rows = sizes is not None and sizes[axis] == input.shape[input.cut] or scales is not None and scales[axis] == 1
+
+    def others(local: Tensor) -> Tensor:
+        return F.interpolate(
+            local,
+            None if sizes is None else with_axis(sizes, axis, local.shape[input.cut]),
+            None if scales is None else with_axis(scales, axis, 1.0),
+            mode,
+            **options,
+        )
+
+    if same_rows:
+        return input.like(others(input.local))
+    return _apply_taps(input, taps, others)
+
+
+def _floats(scale: Any, axes: int) -> list[float]:
+    return [float(s) for s in (scale if isinstance(scale, list | tuple) else [scale] * axes)]
+
+
+@lru_cache(maxsize=256)
+def _taps(
+    length: int, size: int | None, scale: float | None, mode: str, spatial: int, axis: int, options: tuple
+) -> Taps:
+    """Rows and weights of `F.interpolate` along one axis, measured on unit vectors in float64.
+
+    So they follow torch's coordinate conventions exactly.
+    """
+    ones: tuple[int, ...] = (1,) * spatial
+    units = torch.eye(length, dtype=torch.float64).view(1, length, *with_axis(ones, axis, length))
+    resized = F.interpolate(
+        units,
+        None if size is None else with_axis(ones, axis, size),
+        None if scale is None else with_axis((1.0,) * spatial, axis, scale),
+        mode,
+        **dict(options),
+    )
+    columns = resized.view(length, -1).T
+    found = [column.nonzero().flatten().tolist() for column in columns]
+    width = max(map(len, found))
+    padded = [rows + rows[-1:] * (width - len(rows)) for rows in found]
+    weights = [[*columns[o][rows].tolist(), *[0.0] * (width - len(rows))] for o, rows in enumerate(found)]
+    return Taps(tuple(map(tuple, padded)), tuple(map(tuple, weights)))
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(input: Slab, upscale_factor: int) -> Slab:
+    if input.cut == input.ndim - 3:
+        refuse("pixel_shuffle of a field whose channels are cut", "it has no rule")
+    local = F.pixel_shuffle(input.local, upscale_factor)
+    if input.cut < input.ndim - 3:
+        return input.like(local)
+    p = input.partition
+    return input.like(local, partition=Partition(p.rows, p.parts, p.outer, p.inner * upscale_factor))
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(input: Slab, downscale_factor: int) -> Any:
+    if input.cut == input.ndim - 3:
+        refuse("pixel_unshuffle of a field whose channels are cut", "it has no rule")
+    if input.cut < input.ndim - 3:
+        return input.like(F.pixel_unshuffle(input.local, downscale_factor))
+    rows = input.shape[input.cut] // downscale_factor
+    if rows < parts_of(input) or rows * downscale_factor != input.shape[input.cut]:
+        return F.pixel_unshuffle(whole(input), downscale_factor)
+    x = recut(input, Partition(rows, parts_of(input), 1, downscale_factor))
+    return x.like(F.pixel_unshuffle(x.local, downscale_factor), partition=Partition(rows, parts_of(input)))
+
+
+@rule("channel_shuffle")
+def channel_shuffle(input: Slab, groups: int) -> Slab:
+    if input.cut == 1:
+        refuse("channel_shuffle of a field whose channels are cut", "it has no rule")
+    return input.like(torch.channel_shuffle(input.local, groups))
+
+
+@rule("F.grid_sample")
+def grid_sample(input: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Any input row may be read: the field is made whole, the output is cut as the grid is."""
+    input = whole(input)
+    if not isinstance(grid, Slab):
+        return F.grid_sample(input, grid, *args, **kwargs)
+    if grid.cut == 0:
+        return grid.like(F.grid_sample(own(input, 0, grid), grid.local, *args, **kwargs), 0)
+    return grid.like(F.grid_sample(input, grid.local, *args, **kwargs), grid.cut + 1)
+
+
+@rule("F.unfold")
+def unfold(input: Slab, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> Any:
+    """(batch, channels, *space) to (batch, channels * kernel, windows), with batch or channels cut."""
+    cut = input.cut if input.cut < 2 else other_axis(input, tuple(range(2, input.ndim)))
+    if cut is None:
+        return F.unfold(whole(input), kernel_size, dilation, padding, stride)
+    x = input if cut == input.cut else reshard(input, cut)
+    p = x.partition
+    inner = p.inner * prod(per_axis(kernel_size, 2)) if cut == 1 else p.inner
+    local = F.unfold(x.local, kernel_size, dilation, padding, stride)
+    return x.like(local, cut, Partition(p.rows, p.parts, p.outer, inner))
+
+
+@rule("F.fold")
+def fold(input: Slab, *args: Any, **kwargs: Any) -> Tensor:
+    return F.fold(whole(input), *args, **kwargs)
+
+
+def _loss(func: Any) -> Any:
+    def call(input: Tensor, target: Tensor, *args: Any, reduction: str = "mean", **kwargs: Any) -> Any:
+        from credit.domain_parallel.rules import pointwise, reductions
+
+        each = pointwise.pointwise(func)(input, target, *args, reduction="none", **kwargs)
+        return {"none": lambda x: x, "mean": reductions.mean, "sum": reductions.sum_}[reduction](each)
+
+    return call
+
+
+for _func in (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss):
+    RULES[_func] = _loss(_func)

@@ -1,0 +1,38 @@
+"""Padding: rows past the edge of the cut axis are fill, or rows of the field from wherever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+
+from credit.domain_parallel.partition import PartitionError, Window
+from credit.domain_parallel.reshard import select
+from credit.domain_parallel.slab import Slab, rule
+
+MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+
+@rule("F.pad", "nn.pad", "constant_pad_nd")
+def pad(input: Slab, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+    pads = list(pad)
+    place = 2 * (input.ndim - 1 - input.cut)
+    if place >= len(pads):
+        return input.like(F.pad(input.local, pads, mode, value))
+    before, after = pads[place : place + 2]
+    local = input.local
+    if any(pads[:place]) or any(pads[place + 2 :]):
+        pads[place : place + 2] = [0, 0]
+        local = F.pad(local, pads, mode, value)
+    if not (before or after):
+        return input.like(local)
+    return pad_rows(input.like(local), before, after, MODES[mode], value or 0.0)
+
+
+def pad_rows(x: Slab, before: int, after: int, mode: str, value: float = 0.0) -> Any:
+    """`x` with so many rows put before and after it (negative: taken away) along the cut axis."""
+    try:
+        return select(x, Window(1, 1, 1, before, after, mode), value)
+    except PartitionError as error:
+        raise RuntimeError(str(error)) from None

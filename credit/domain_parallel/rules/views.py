@@ -1,0 +1,482 @@
+"""Functions that rearrange axes: the cut moves along, or the rows are dealt out anew.
+
+`reshape` is the one that matters. Merging a cut axis with others keeps every rank's entries (the cut is then inside the
+axis, see `Partition`). Splitting it, as window attention does, makes windows that a plain cut may divide:
+the rows are then exchanged so that every rank holds whole windows of the global grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from credit.domain_parallel.partition import Partition, Rows
+from credit.domain_parallel.reshard import own, plain, recut, reshard, select, whole
+from credit.domain_parallel.rules.pointwise import align, in_place, lead, pointwise, result, writable
+from credit.domain_parallel.slab import RULES, Slab, parts_of, refuse, rule, torch_functions
+
+
+def _sizes(shape: tuple) -> tuple[int, ...]:
+    return tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else tuple(shape)
+
+
+def _resolved(new: tuple[int, ...], total: int) -> tuple[int, ...]:
+    if -1 not in new:
+        return new
+    known = prod(n for n in new if n != -1)
+    return tuple(total // known if n == -1 else n for n in new)
+
+
+@rule("Tensor.view")
+def view(x: Slab, *shape: Any, **kwargs: Any) -> Any:
+    if kwargs or isinstance(shape[0], torch.dtype):
+        refuse("view as another dtype", "its rows would be reinterpreted")
+    y = reshape(x, *shape)
+    # A view shares memory with its base; where rows were exchanged it cannot.
+    shares = isinstance(y, Slab) and y._local.untyped_storage().data_ptr() == x._local.untyped_storage().data_ptr()
+    return y if shares or not isinstance(y, Slab) else y.remember_source(x)
+
+
+@rule("reshape")
+def reshape(x: Slab, *shape: Any, **kwargs: Any) -> Any:
+    new = _resolved(_sizes(shape or (kwargs["shape"],)), x.numel())
+    if new == tuple(x.shape):
+        return x
+    first, last, group = _group(tuple(x.shape), new, x.cut)
+    found = _merged(x, first, group) or _split(x, first, group)
+    if found is None:
+        return whole(x).reshape(new)
+    x, offset, partition = found
+    axis = last + offset
+    local = list(new)
+    local[axis] = partition.size(x.manager.domain_rank)
+    return x.like(x.local.reshape(local), axis, partition)
+
+
+def _group(old: tuple[int, ...], new: tuple[int, ...], cut: int) -> tuple[int, int, tuple[int, ...]]:
+    """The run of old axes around `cut` and the run of new axes made of the same entries: (first old, first new, new)."""
+    i = j = 0
+    while i < len(old):
+        i_end, j_end = i + 1, j
+        size_old, size_new = old[i], 1
+        while size_old != size_new or i_end <= cut and size_old == size_new == 0:
+            if size_new < size_old and j_end < len(new):
+                size_new *= new[j_end]
+                j_end += 1
+            elif i_end < len(old):
+                size_old *= old[i_end]
+                i_end += 1
+            else:
+                break
+        if i <= cut < i_end or i_end == len(old):
+            while i_end == len(old) and j_end < len(new):
+                j_end += 1
+            return i, j, new[j:j_end]
+        i, j = i_end, j_end
+    raise AssertionError("the cut axis is one of the old ones")
+
+
+def _merged(x: Slab, first: int, group: tuple[int, ...]) -> tuple[Slab, int, Partition] | None:
+    """The cut kept as it is, if it falls inside one of the new axes."""
+    outer, inner = _around(x, first, group)
+    for offset, size in enumerate(group):
+        before, after = prod(group[:offset]), prod(group[offset + 1 :])
+        if outer % before or inner % after:
+            continue
+        partition = Partition(x.partition.rows, parts_of(x), outer // before, inner // after)
+        if partition.length == size:
+            return x, offset, partition
+    return None
+
+
+def _split(x: Slab, first: int, group: tuple[int, ...]) -> tuple[Slab, int, Partition] | None:
+    """The cut moved to a new axis that is part of the old one: the one that needs no exchange, else the longest."""
+    length = x.shape[x.cut]
+    before = prod(x.shape[first : x.cut])
+    after = prod(group) // (before * length) if before * length else 1
+    candidates = []
+    for offset, size in enumerate(group):
+        inner = prod(group[offset + 1 :])
+        if size >= parts_of(x) and inner % after == 0 and (length * after) % (inner * size) == 0:
+            partition = Partition(size, parts_of(x), (length * after) // (inner * size), inner // after)
+            stays = all(partition.indices(r) == x.partition.indices(r) for r in range(parts_of(x)))
+            candidates.append((not stays, -size, offset, partition))
+    if not candidates:
+        return None
+    _, size, offset, partition = min(candidates, key=lambda candidate: candidate[:3])
+    return recut(x, partition), offset, Partition(-size, parts_of(x))
+
+
+def _around(x: Slab, first: int, group: tuple[int, ...]) -> tuple[int, int]:
+    """Entries before and after the cut, in the run of axes that is regrouped."""
+    outer = prod(x.shape[first : x.cut]) * x.partition.outer
+    return outer, prod(group) // (outer * x.partition.rows) if outer else 1
+
+
+@rule("flatten", "ravel")
+def flatten(x: Slab, start_dim: int = 0, end_dim: int = -1) -> Any:
+    start, end = start_dim % x.ndim, end_dim % x.ndim
+    return reshape(x, (*x.shape[:start], prod(x.shape[start : end + 1]), *x.shape[end + 1 :]))
+
+
+@rule("unflatten")
+def unflatten(x: Slab, dim: int, sizes: Sequence[int]) -> Any:
+    dim %= x.ndim
+    return reshape(x, (*x.shape[:dim], *_resolved(tuple(sizes), x.shape[dim]), *x.shape[dim + 1 :]))
+
+
+@rule("view_as", "reshape_as")
+def view_as(x: Slab, other: Tensor) -> Any:
+    return reshape(x, tuple(other.shape))
+
+
+@rule("squeeze")
+def squeeze(x: Slab, dim: Any = None) -> Any:
+    dims = range(x.ndim) if dim is None else [d % x.ndim for d in ((dim,) if isinstance(dim, int) else dim)]
+    dropped = [d for d in dims if x.shape[d] == 1]
+    local = x.local
+    for d in sorted(dropped, reverse=True):
+        local = local.squeeze(d)
+    return x.like(local, x.cut - sum(d < x.cut for d in dropped))
+
+
+@rule("unsqueeze")
+def unsqueeze(x: Slab, dim: int) -> Slab:
+    dim %= x.ndim + 1
+    return x.like(x.local.unsqueeze(dim), x.cut + (dim <= x.cut))
+
+
+@rule("permute")
+def permute(x: Slab, *dims: Any, **kwargs: Any) -> Slab:
+    order = [d % x.ndim for d in _sizes(dims or (kwargs["dims"],))]
+    return x.like(x.local.permute(order), order.index(x.cut))
+
+
+@rule("transpose", "swapaxes", "swapdims")
+def transpose(x: Slab, dim0: int, dim1: int) -> Slab:
+    order = list(range(x.ndim))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return permute(x, order)
+
+
+@rule("movedim", "moveaxis")
+def movedim(x: Slab, source: Any, destination: Any) -> Slab:
+    order = torch.empty(x.shape, device="meta")
+    marked = [*range(x.ndim)]
+    source = [source] if isinstance(source, int) else source
+    destination = [destination] if isinstance(destination, int) else destination
+    places = {d % x.ndim: s % x.ndim for s, d in zip(source, destination, strict=True)}
+    rest = iter([axis for axis in marked if axis not in places.values()])
+    return permute(x, [places[d] if d in places else next(rest) for d in range(order.ndim)])
+
+
+def _t(x: Slab) -> Slab:
+    return transpose(x, -2, -1) if x.ndim > 1 else x
+
+
+RULES.update({torch.t: _t, torch.Tensor.t: _t, torch.Tensor.T.__get__: lambda x: permute(x, range(x.ndim)[::-1])})
+RULES.update({torch.Tensor.mT.__get__: _t, torch.adjoint: _t})
+
+
+@rule("expand", "broadcast_to")
+def expand(x: Slab, *sizes: Any) -> Slab:
+    new = list(_sizes(sizes))
+    axis = x.cut + len(new) - x.ndim
+    if new[axis] not in (-1, x.shape[x.cut]):
+        raise RuntimeError(f"cannot expand {x.shape[x.cut]} rows to {new[axis]}")
+    new[axis] = -1
+    return result(x.local.expand(new), x)
+
+
+@rule("expand_as")
+def expand_as(x: Tensor, other: Tensor) -> Any:
+    return expand(x, tuple(other.shape)) if isinstance(x, Slab) else x.expand(tuple(other.shape))
+
+
+@rule("repeat", "tile")
+def repeat(x: Slab, *sizes: Any) -> Slab:
+    times = list(_sizes(sizes))
+    times = [1] * (x.ndim - len(times)) + times
+    axis = x.cut + len(times) - x.ndim
+    p = x.partition
+    return x.like(x.local.repeat(times), axis, Partition(p.rows, p.parts, p.outer * times[axis], p.inner))
+
+
+@rule("repeat_interleave")
+def repeat_interleave(x: Slab, repeats: Any, dim: int | None = None, **kwargs: Any) -> Slab:
+    if dim is None or not isinstance(repeats, int):
+        refuse("repeat_interleave without dim or with a tensor of repeats", "it has no rule")
+    p = x.partition
+    inner = p.inner * repeats if dim % x.ndim == x.cut else p.inner
+    return x.like(x.local.repeat_interleave(repeats, dim, **kwargs), x.cut, Partition(p.rows, p.parts, p.outer, inner))
+
+
+@rule("view_as_real")
+def view_as_real(x: Slab) -> Slab:
+    return x.like(torch.view_as_real(x.local))
+
+
+@rule("view_as_complex")
+def view_as_complex(x: Slab) -> Slab:
+    return x.like(torch.view_as_complex(x.local))
+
+
+# Slices, joins
+
+
+def rows_at(x: Slab, rows: Sequence[int | None]) -> Any:
+    """Entries `rows` of the cut axis, in that order."""
+    return x if rows == range(x.shape[x.cut]) else select(x, Rows(rows if isinstance(rows, range) else tuple(rows)))
+
+
+def narrow_to(x: Slab, dim: int, start: int, stop: int) -> Any:
+    if dim != x.cut:
+        return x.like(x.local.narrow(dim, start, stop - start))
+    y = rows_at(x, range(start, stop))
+    return y.remember_source(x) if isinstance(y, Slab) and y is not x else y
+
+
+@rule("narrow")
+def narrow(x: Slab, dim: int, start: int, length: int) -> Any:
+    start = int(start) % (x.shape[dim] + 1) if start < 0 else int(start)
+    return narrow_to(x, dim % x.ndim, start, start + length)
+
+
+@rule("select")
+def select_one(x: Slab, dim: int, index: int) -> Any:
+    return getitem(x, (slice(None),) * (dim % x.ndim) + (int(index),))
+
+
+@rule("unbind")
+def unbind(x: Slab, dim: int = 0) -> tuple:
+    if dim % x.ndim == x.cut:
+        return whole(x).unbind(dim)
+    return result(x.local.unbind(dim), x, _after_dropping(x, {dim % x.ndim}))
+
+
+def _after_dropping(x: Slab, dims: set[int]) -> int:
+    """Where the cut is, from the end, once these other axes are gone."""
+    return x.cut - x.ndim + sum(d > x.cut for d in dims)
+
+
+RULES[torch.Tensor.__iter__] = lambda x: iter(unbind(x))
+
+
+@rule("split", "split_with_sizes")
+def split(x: Slab, split_size: Any, dim: int = 0, **kwargs: Any) -> Any:
+    dim %= x.ndim
+    length = x.shape[dim]
+    sizes = split_size
+    if isinstance(split_size, int):
+        sizes = [min(split_size, length - i) for i in range(0, max(length, 1), split_size)]
+    stops = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return tuple(narrow_to(x, dim, stop - size, stop) for size, stop in zip(sizes, stops, strict=True))
+
+
+@rule("chunk")
+def chunk(x: Slab, chunks: int, dim: int = 0) -> Any:
+    return split(x, -(-x.shape[dim] // chunks), dim)
+
+
+@rule("tensor_split")
+def tensor_split(x: Slab, sections: Any, dim: int = 0) -> Any:
+    if not isinstance(sections, int):
+        stops = [*sections, x.shape[dim]]
+        return split(x, [stop - start for start, stop in zip([0, *sections], stops, strict=True)], dim)
+    return split(x, list(Partition(x.shape[dim], sections).sizes), dim)
+
+
+@rule("cat", "concat", "concatenate")
+def cat(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
+    # An empty 1-D tensor is skipped, as torch does.
+    tensors = [x for x in tensors if isinstance(x, Slab) or x.shape != (0,)]
+    like = lead(list(tensors))
+    dim %= like.ndim
+    if dim != like.cut:
+        return like.like(torch.cat([_alongside(x, like) for x in tensors], dim))
+    length = sum(x.shape[dim] for x in tensors)
+    target = Partition(length, parts_of(like))
+    mine = target.range(like.manager.domain_rank)
+    pieces, top = [], 0
+    for x in tensors:
+        if isinstance(x, Slab):
+            x = x if x.cut == dim else reshard(x, dim)
+            pieces.append(_share(x, top, target))
+        else:
+            start, stop = (min(max(row - top, 0), x.shape[dim]) for row in (mine.start, mine.stop))
+            pieces.append(x.narrow(dim, start, stop - start))
+        top += x.shape[dim]
+    return like.like(torch.cat(pieces, dim), dim, target)
+
+
+def _share(x: Slab, top: int, target: Partition) -> Tensor:
+    """The rows of `x` that this rank owns of a longer axis in which `x` begins at row `top`."""
+    from credit.domain_parallel.halo_exchange import exchange
+    from credit.domain_parallel.partition import make_plan
+
+    plan = make_plan(_Placed(top), x.partition, x.manager.domain_rank, target)
+    return exchange(x.local, plan, x.cut, x.manager)
+
+
+class _Placed(Rows):
+    """Rows of a tensor as part of a longer one, in which it begins at row `top`."""
+
+    def __init__(self, top: int) -> None:
+        super().__init__((top,))
+
+    def needs(self, out: Sequence[int], length: int) -> list[int | None]:
+        return [o - top for top in self.rows for o in out if top is not None and 0 <= o - top < length]
+
+
+def _alongside(x: Tensor, like: Slab) -> Tensor:
+    """`x` of the same shape but for an axis that is not cut, cut as `like` is."""
+    if not isinstance(x, Slab):
+        return own(x, like.cut, like)
+    return recut(x if x.cut == like.cut else reshard(x, like.cut), like.partition).local
+
+
+@rule("stack")
+def stack(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
+    like = lead(list(tensors))
+    dim %= like.ndim + 1
+    return like.like(torch.stack([_alongside(x, like) for x in tensors], dim), like.cut + (dim <= like.cut))
+
+
+@rule("meshgrid", "broadcast_tensors")
+def broadcast_tensors(*tensors: Any, **kwargs: Any) -> Any:
+    refuse("meshgrid or broadcast_tensors of fields", "it has no rule")
+
+
+@rule("__getitem__")
+def getitem(x: Tensor, index: Any) -> Any:
+    if not isinstance(x, Slab):
+        return x[_whole_index(index)]
+    items = _spelled_out(x, index)
+    if items is None:
+        refuse("indexing with a mask of several axes", "the number of entries each rank would hold is not known")
+    axis = 0
+    for item in items:
+        if item is None:
+            continue
+        if axis == x.cut:
+            break
+        axis += 1
+    at = _position(items, x.cut)
+    item = items[at]
+    advanced = sum(isinstance(i, Tensor | list) for i in items)
+    if isinstance(item, slice):
+        rows = range(*item.indices(x.shape[x.cut]))
+        y = rows_at(x, rows)
+        rest = (*items[:at], slice(None), *items[at + 1 :])
+        if not isinstance(y, Slab):
+            return y[rest]
+        out = _index_others(y, rest)
+        return out.remember_source(x) if y is not x and not advanced else out
+    if isinstance(item, int):
+        y = rows_at(x, range(item % x.shape[x.cut], item % x.shape[x.cut] + 1))
+        return y[(*items[:at], 0, *items[at + 1 :])]
+    if advanced > 1:
+        refuse("indexing several axes by tensors, the cut one among them", "it has no rule")
+    rows = torch.arange(x.shape[x.cut])[torch.as_tensor(whole(item)).cpu()]
+    if rows.ndim != 1:
+        return whole(x)[tuple(whole(i) for i in items)]
+    y = rows_at(x, rows.tolist())
+    rest = (*items[:at], slice(None), *items[at + 1 :])
+    return _index_others(y, rest) if isinstance(y, Slab) else y[rest]
+
+
+def _whole_index(index: Any) -> Any:
+    return tuple(whole(i) for i in index) if isinstance(index, tuple) else whole(index)
+
+
+def _spelled_out(x: Slab, index: Any) -> list | None:
+    """The index with an item for every axis; None if a mask spans several axes."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) and i.ndim > 1 for i in items):
+        return None
+    items = [int(i) if isinstance(i, Tensor) and i.ndim == 0 and not isinstance(i, Slab) else i for i in items]
+    used = sum(i is not None and i is not Ellipsis for i in items)
+    if not any(i is Ellipsis for i in items):
+        items.append(Ellipsis)
+    where = next(n for n, i in enumerate(items) if i is Ellipsis)
+    return [*items[:where], *[slice(None)] * (x.ndim - used), *items[where + 1 :]]
+
+
+def _position(items: list, axis: int) -> int:
+    """Where in the index the item of `axis` is (None adds an axis and takes none)."""
+    for position, item in enumerate(items):
+        if item is not None:
+            if axis == 0:
+                return position
+            axis -= 1
+    raise IndexError("too few items")
+
+
+def _index_others(x: Slab, items: tuple) -> Slab:
+    """Index the axes that are not cut; where the cut goes is seen on tensors that hold no values."""
+    items = tuple(whole(i) for i in items)
+    sizes = []
+    for rows in (2, 3):
+        probe = list(x.shape)
+        probe[x.cut] = rows
+        sizes.append(torch.empty(probe, device="meta")[tuple(_to_meta(i) for i in items)].shape)
+    cut = next(axis for axis, (two, three) in enumerate(zip(*sizes, strict=True)) if two != three)
+    return x.like(x.local[items], cut)
+
+
+def _to_meta(item: Any) -> Any:
+    return item.nonzero()[:, 0].to("meta") if isinstance(item, Tensor) and item.dtype == torch.bool else (
+        item.to("meta") if isinstance(item, Tensor) else item
+    )
+
+
+@rule("__setitem__")
+def setitem(x: Tensor, index: Any, value: Any) -> None:
+    if not isinstance(x, Slab):
+        x[_whole_index(index)] = whole(value)
+        return
+    writable(x, "assignment")
+    items = _spelled_out(x, index)
+    if items is None or items[_position(items, x.cut)] != slice(None):
+        refuse("assignment to some rows of a field", "they are on several ranks", "Use torch.cat or torch.where.")
+    if isinstance(value, Tensor):
+        target = _index_others(x.like(x.local.detach()), tuple(items))
+        value = align(value, target)
+    x._local[tuple(whole(i) for i in items)] = value
+
+
+@rule("index_select")
+def index_select(x: Slab, dim: int, index: Tensor) -> Any:
+    if dim % x.ndim == x.cut:
+        return rows_at(x, whole(index).tolist())
+    return x.like(x.local.index_select(dim, whole(index)))
+
+
+@rule("flip")
+def flip(x: Slab, *dims: Any) -> Any:
+    axes = [d % x.ndim for d in _sizes(dims)]
+    y = x.like(x.local.flip([d for d in axes if d != x.cut]))
+    return rows_at(y, range(x.shape[x.cut] - 1, -1, -1)) if x.cut in axes else y
+
+
+RULES[torch.flipud] = lambda x: flip(x, 0)
+RULES[torch.fliplr] = lambda x: flip(x, 1)
+
+
+@rule("roll")
+def roll(x: Slab, shifts: Any, dims: Any = None) -> Any:
+    if dims is None:
+        refuse("roll without dims", "it shifts the flattened field")
+    shifts = (shifts,) if isinstance(shifts, int) else shifts
+    dims = (dims,) if isinstance(dims, int) else dims
+    for shift, dim in zip(shifts, dims, strict=True):
+        length = x.shape[dim]
+        if dim % x.ndim == x.cut:
+            x = rows_at(x, [(row - shift) % length for row in range(length)] if shift % length else range(length))
+        else:
+            x = x.like(x.local.roll(shift, dim))
+    return x

@@ -1,0 +1,146 @@
+"""Convolutions: geometry in, plan, exchange, torch's own call without padding on the cut axis, trim."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from credit.domain_parallel.halo_exchange import exchange
+from credit.domain_parallel.partition import Partition, TransposedWindow, Window, make_plan
+from credit.domain_parallel.reshard import other_axis, reshard, whole
+from credit.domain_parallel.slab import Slab, parts_of, rank_of, refuse, rule
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def per_axis(value: Any, axes: int) -> list[int]:
+    return [value] * axes if isinstance(value, int) else list(value) * (axes if len(value) == 1 else 1)
+
+
+def with_axis(values: Sequence[Any], axis: int, value: Any) -> tuple[Any, ...]:
+    return (*values[:axis], value, *values[axis + 1 :])
+
+
+def spatial(x: Slab, weight: Tensor) -> tuple[int, int]:
+    """(number of spatial axes, which of them is cut), below 0 for batch and channel."""
+    axes = weight.ndim - 2
+    return axes, x.cut - (x.ndim - axes)
+
+
+def whole_channels(x: Slab, call: str) -> Slab:
+    """A convolution mixes channels: if these are what is cut, cut the first spatial axis instead."""
+    cut = other_axis(x, (0, 1)) if x.ndim > 2 else None
+    if cut is None:
+        refuse(f"{call} of a field whose channels are cut", "no other axis is long enough")
+    return reshard(x, cut)
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    if not isinstance(input, Slab):
+        refuse("a convolution whose weight is a field", "it has no rule")
+    axes, axis = spatial(input, weight)
+    convolve = CONV[axes]
+    if axis < 0 and input.cut == 0 and input.ndim == axes + 2:
+        return input.like(convolve(input.local, weight, bias, stride, padding, dilation, groups))
+    if axis < 0:
+        input = whole_channels(input, "a convolution")
+        axis = input.cut - (input.ndim - axes)
+    stride, dilation = per_axis(stride, axes), per_axis(dilation, axes)
+    before, after = pads_of(padding, weight.shape[2:], dilation)
+    window = Window(weight.shape[2 + axis], stride[axis], dilation[axis], before[axis], after[axis])
+    x = fetch(input, window)
+    if x is None:
+        return convolve(whole(input), weight, bias, stride, padding, dilation, groups)
+    x, target = x
+    before, after = with_axis(before, axis, 0), with_axis(after, axis, 0)
+    if before != after:
+        x = F.pad(x, [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair])
+        before = (0,) * axes
+    return input.like(convolve(x, weight, bias, stride, before, dilation, groups), partition=target)
+
+
+def pads_of(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Rows added before and after each axis; "same" puts the odd one after, as torch does."""
+    if padding == "valid":
+        return (0,) * len(kernel), (0,) * len(kernel)
+    if padding == "same":
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return [t // 2 for t in totals], [t - t // 2 for t in totals]
+    padding = per_axis(padding, len(kernel))
+    return padding, padding
+
+
+def fetch(x: Slab, window: Window, fill: float = 0.0) -> tuple[Tensor, Partition] | None:
+    """The rows that `window` reads for this rank's output rows; None if there are fewer of these than ranks."""
+    length = x.shape[x.cut]
+    out = window.out_length(length)
+    if out < parts_of(x):
+        return None
+    target = Partition(out, parts_of(x))
+    plan = make_plan(window, x.partition, rank_of(x), target)
+    return exchange(x.local, plan, x.cut, x.manager, fill), target
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Any:
+    if not isinstance(input, Slab):
+        refuse("a convolution whose weight is a field", "it has no rule")
+    axes, axis = spatial(input, weight)
+    convolve = CONV_TRANSPOSE[axes]
+    if axis < 0 and input.cut == 0 and input.ndim == axes + 2:
+        return input.like(convolve(input.local, weight, bias, stride, padding, output_padding, groups, dilation))
+    if axis < 0:
+        input = whole_channels(input, "a transposed convolution")
+        axis = input.cut - (input.ndim - axes)
+    stride, padding, extra, dilation = (per_axis(v, axes) for v in (stride, padding, output_padding, dilation))
+    window = TransposedWindow(weight.shape[2 + axis], stride[axis], dilation[axis], padding[axis], extra[axis])
+    length = input.shape[input.cut]
+    out = window.out_length(length)
+    if out < parts_of(input):
+        return convolve(whole(input), weight, bias, stride, padding, extra, groups, dilation)
+    target = Partition(out, parts_of(input))
+    plan = make_plan(window, input.partition, rank_of(input), target)
+    x = exchange(input.local, plan, input.cut, input.manager)
+    before, after = window.crop(plan.out, length)
+    # Rows appended below (none reaches them) hold the bias alone, so it can only be added after them.
+    late = bias is not None and min(before, after) < 0
+    y = convolve(
+        x,
+        weight,
+        None if late else bias,
+        stride,
+        with_axis(padding, axis, 0),
+        with_axis(extra, axis, 0),
+        groups,
+        dilation,
+    )
+    if min(before, after) >= 0:
+        return input.like(y.narrow(input.cut, before, len(plan.out)), partition=target)
+    y = F.pad(y, [0, 0] * (input.ndim - 1 - input.cut) + [-before, -after])
+    if late:
+        y = y + bias.view(-1, *[1] * axes)
+    return input.like(y, partition=target)
+
+

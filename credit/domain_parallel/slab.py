@@ -1,0 +1,207 @@
+"""A tensor of which every rank holds its rows, and which a model takes for the whole.
+
+A `Slab` has the shape of the global field. Every torch function that meets one looks up its rule (the modules
+of `credit.domain_parallel.rules`), which works on this rank's rows and exchanges what it must; a function
+without a rule is refused with the module, the call and the remedy. So a model's own code never sees a local height,
+and nothing that mixes rows can pass unnoticed. Plain tensors beside slabs (weights, masks, positional embeddings) are
+whole, the same on every rank, and cut where they meet a slab.
+
+Gradients: the cotangent of a plain tensor is the sum over the domain ranks of what each holds, as it is for
+weights. Autograd sees the local tensors alone.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager
+from credit.domain_parallel.partition import Partition
+
+RULES: dict[Any, Callable[..., Any]] = {}
+"""What a torch function does when one of its arguments is a slab."""
+
+COMPOSITE: dict[Any, Callable[..., Any]] = {}
+"""Torch functions written in Python whose own body is run, on slabs."""
+
+_NAMESPACES = {
+    "torch": torch,
+    "Tensor": torch.Tensor,
+    "F": F,
+    "nn": torch._C._nn,
+    "fft": torch.fft,
+    "linalg": torch.linalg,
+    "special": torch.special,
+}
+_local_grad_fn = torch._C.TensorBase.grad_fn.__get__  # type: ignore[attr-defined]
+_state = threading.local()
+
+
+class Slab(torch.Tensor):
+    """This rank's part of a global tensor.
+
+    Attributes:
+        cut: the axis that is cut, counted from the front.
+        partition: how it is cut.
+        manager: the domain group that shares the tensor.
+    """
+
+    cut: int
+    partition: Partition
+    manager: DomainParallelManager
+    _local: Tensor
+    _source: tuple[Tensor, int] | None
+
+    @staticmethod
+    def __new__(cls, local: Tensor, cut: int, partition: Partition, manager: DomainParallelManager) -> Slab:
+        shape = [*local.shape]
+        if shape[cut] != partition.size(manager.domain_rank):
+            raise AssertionError(f"{shape} does not hold the part of axis {cut} that {partition} gives this rank")
+        shape[cut] = partition.length
+        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=local.dtype, device=local.device, requires_grad=local.requires_grad
+        )
+        self._local, self.cut, self.partition, self.manager = local, cut, partition, manager
+        self._source = None
+        return self
+
+    @property
+    def local(self) -> Tensor:
+        """This rank's rows.
+
+        Raises:
+            DomainParallelError: if they are not to be had: the slab came out of a custom autograd function, or is
+                a slice of a tensor that was changed since.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            if _local_grad_fn(self) is not None:
+                refuse("a custom torch.autograd.Function", "its backward does not know of the rows on other ranks")
+            if self._source is not None and self._source[0]._version != self._source[1]:
+                refuse("a slice of a tensor that was then changed in place", "it holds the rows from before")
+        return self._local
+
+    def like(self, local: Tensor, cut: int | None = None, partition: Partition | None = None) -> Slab:
+        """`local` as a slab that is cut like this one, or along `cut` as `partition` says."""
+        return Slab(
+            local, self.cut if cut is None else cut, partition or self.partition, self.manager
+        )
+
+    def remember_source(self, base: Slab) -> Slab:
+        """Mark this slab as what torch calls a view of `base`, although its rows are a copy."""
+        self._source = (base._local, base._local._version)
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        rule = RULES.get(func)
+        if rule is not None:
+            with torch._C.DisableTorchFunctionSubclass():
+                return rule(*args, **(kwargs or {}))
+        composite = COMPOSITE.get(func)
+        if composite is not None:
+            return composite(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            refuse(torch.overrides.resolve_name(func) or str(func), "it has no rule for a field cut over ranks")
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        refuse(str(func), "it was called from compiled or C++ code, where it cannot be rerouted")
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        with torch._C.DisableTorchFunctionSubclass():
+            return f"Slab({list(self.shape)}, axis {self.cut} cut as {self.partition.sizes}, {self._local!r})"
+
+
+# For tree_map, and so for FSDP2's hooks, a slab is a container of its rows: gradients then pass through.
+_pytree.register_pytree_node(
+    Slab,
+    lambda slab: ([slab.local], (slab.cut, slab.partition, slab.manager)),
+    lambda leaves, context: Slab(leaves[0], *context) if isinstance(leaves[0], Tensor) else leaves[0],
+)
+
+
+def rule(*names: str) -> Callable[[Callable], Callable]:
+    """Register a function as the rule of torch functions: "conv2d" wherever it is found, "F.pad" there alone."""
+
+    def register(function: Callable) -> Callable:
+        for name in names:
+            for func in torch_functions(name):
+                RULES[func] = function
+        return function
+
+    return register
+
+
+def torch_functions(name: str) -> list[Any]:
+    """The functions of that name in torch's namespaces."""
+    space, _, bare = name.rpartition(".")
+    spaces = [_NAMESPACES[space]] if space else list(_NAMESPACES.values())
+    found = [getattr(place, bare) for place in spaces if callable(getattr(place, bare, None))]
+    if not found:
+        raise LookupError(f"torch has no function {name}")
+    return found
+
+
+def rank_of(slab: Slab) -> int:
+    return slab.manager.domain_rank
+
+
+def parts_of(slab: Slab) -> int:
+    return slab.manager.domain_world_size
+
+
+@contextmanager
+def inside_model() -> Iterator[None]:
+    """While a converted model runs, a plain tensor is whole; outside, it is a shard."""
+    before = getattr(_state, "inside", False)
+    _state.inside = True
+    try:
+        yield
+    finally:
+        _state.inside = before
+
+
+def is_inside_model() -> bool:
+    """True in the forward of a converted model, and when checkpointing runs parts of it again."""
+    return getattr(_state, "inside", False) or torch._C._current_graph_task_id() != -1
+
+
+def refuse(call: str, reason: str, remedy: str = "") -> NoReturn:
+    """Stop with the module, the line of the model's code and the remedy. Every rank meets the same call."""
+    module, place = _where()
+    raise DomainParallelError(
+        f"{module}: {call} cannot be done on a field cut over ranks: {reason}."
+        f"{place}\n{remedy or 'Replace it, or give the type of the module to custom_converters; or use domain: 1.'}"
+    )
+
+
+def _where() -> tuple[str, str]:
+    """The innermost module of the model that is running, by its path, and the line of code it is at."""
+    frame = sys._getframe(2)
+    modules: list[nn.Module] = []
+    place = ""
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        own = name.startswith(("credit.domain_parallel", "torch.", "contextlib")) or name == "torch"
+        if not own and not place:
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            place = f"\n  {frame.f_code.co_filename}:{frame.f_lineno}: {line}"
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and module not in modules:
+            modules.append(module)
+        frame = frame.f_back
+    if not modules:
+        return "outside of any module", place
+    names = {module: name for name, module in modules[-1].named_modules()}
+    root = type(modules[-1]).__name__
+    path = names.get(modules[0]) or root
+    return f"{path} ({type(modules[0]).__name__})" if path != root else root, place
