@@ -8,6 +8,7 @@ gives this rank's rows of the result. With one domain rank or no manager it is t
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import credit.domain_parallel.rules
 from credit.domain_parallel.halo_exchange import HaloExchange
 from credit.domain_parallel.lengths import global_length
 from credit.domain_parallel.manager import (
@@ -28,8 +28,6 @@ from credit.domain_parallel.reshard import plain as plainly_cut
 from credit.domain_parallel.root import Border
 from credit.domain_parallel.rules.windows import fetch, pads_of, per_axis
 from credit.domain_parallel.slab import Slab, inside_model, is_inside_model
-
-
 
 
 @cache
@@ -309,11 +307,10 @@ class DomainParallelRoot(nn.Module):
     def __reduce_ex__(self, protocol: int) -> tuple:
         return _rebuild, (self._layer, self._plain), self.__dict__
 
-    # Exchanges and slabs are not for a compiler to trace.
-    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if is_inside_model() or any(isinstance(leaf, Slab) for leaf in (*args, *kwargs.values())):
             return super().forward(*args, **kwargs)
-        return self._domain_border.run(self, super().forward, args, kwargs)
-
-
+        run = self._domain_border.run
+        if "torch._dynamo" in sys.modules:  # Slabs and exchanges are not for a compiler to trace.
+            run = torch._dynamo.disable(run)
+        return run(self, super().forward, args, kwargs)

@@ -11,7 +11,7 @@ evaluate it agree by construction, so no message is needed to agree on messages.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -85,7 +85,7 @@ class Partition:
         return self.locate(index)[0]
 
 
-class RowMap(Protocol):
+class RowMap(Hashable, Protocol):
     """An operator seen along the sharded axis: from output rows to the input rows they read."""
 
     def out_length(self, length: int) -> int: ...

@@ -146,5 +146,3 @@ def _generator_state() -> tuple:
 
 def _digest(value: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "big", signed=True)
-
-

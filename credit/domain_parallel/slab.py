@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -42,7 +43,7 @@ _NAMESPACES = {
     "linalg": torch.linalg,
     "special": torch.special,
 }
-_local_grad_fn = torch._C.TensorBase.grad_fn.__get__  # type: ignore[attr-defined]
+_local_grad_fn = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]
 _state = threading.local()
 
 
@@ -91,9 +92,7 @@ class Slab(torch.Tensor):
 
     def like(self, local: Tensor, cut: int | None = None, partition: Partition | None = None) -> Slab:
         """`local` as a slab that is cut like this one, or along `cut` as `partition` says."""
-        return Slab(
-            local, self.cut if cut is None else cut, partition or self.partition, self.manager
-        )
+        return Slab(local, self.cut if cut is None else cut, partition or self.partition, self.manager)
 
     def remember_source(self, base: Slab) -> Slab:
         """Mark this slab as what torch calls a view of `base`, although its rows are a copy."""
@@ -113,7 +112,7 @@ class Slab(torch.Tensor):
             refuse(torch.overrides.resolve_name(func) or str(func), "it has no rule for a field cut over ranks")
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, *unused: Any) -> Any:  # type: ignore[override]
         refuse(str(func), "it was called from compiled or C++ code, where it cannot be rerouted")
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
@@ -121,11 +120,15 @@ class Slab(torch.Tensor):
             return f"Slab({list(self.shape)}, axis {self.cut} cut as {self.partition.sizes}, {self._local!r})"
 
 
+def _slab_of(leaf: Any, *context: Any) -> Any:
+    return Slab(leaf, *context) if isinstance(leaf, Tensor) else leaf
+
+
 # For tree_map, and so for FSDP2's hooks, a slab is a container of its rows: gradients then pass through.
 _pytree.register_pytree_node(
     Slab,
     lambda slab: ([slab.local], (slab.cut, slab.partition, slab.manager)),
-    lambda leaves, context: Slab(leaves[0], *context) if isinstance(leaves[0], Tensor) else leaves[0],
+    lambda leaves, context: _slab_of(*leaves, *context),
 )
 
 
@@ -163,11 +166,14 @@ def parts_of(slab: Slab) -> int:
 def inside_model() -> Iterator[None]:
     """While a converted model runs, a plain tensor is whole; outside, it is a shard."""
     before = getattr(_state, "inside", False)
-    _state.inside = True
+    _state.inside, _state.refusal = True, None
     try:
         yield
+    except RuntimeError as error:
+        # Scripted code turns every error into one of its own, without the text.
+        raise (_state.refusal or error) from None
     finally:
-        _state.inside = before
+        _state.inside, _state.refusal = before, None
 
 
 def is_inside_model() -> bool:
@@ -178,15 +184,16 @@ def is_inside_model() -> bool:
 def refuse(call: str, reason: str, remedy: str = "") -> NoReturn:
     """Stop with the module, the line of the model's code and the remedy. Every rank meets the same call."""
     module, place = _where()
-    raise DomainParallelError(
+    _state.refusal = DomainParallelError(
         f"{module}: {call} cannot be done on a field cut over ranks: {reason}."
         f"{place}\n{remedy or 'Replace it, or give the type of the module to custom_converters; or use domain: 1.'}"
     )
+    raise _state.refusal
 
 
 def _where() -> tuple[str, str]:
     """The innermost module of the model that is running, by its path, and the line of code it is at."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     modules: list[nn.Module] = []
     place = ""
     while frame is not None:

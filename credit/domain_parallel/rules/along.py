@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from credit.domain_parallel.reshard import other_axis, reshard, whole
-from credit.domain_parallel.rules.pointwise import align, result
-from credit.domain_parallel.rules.reductions import axes_of, drop
+from credit.domain_parallel.rules.pointwise import align, pointwise, result
+from credit.domain_parallel.rules.reductions import amax, amin, axes_of, drop
+from credit.domain_parallel.rules.views import roll
 from credit.domain_parallel.slab import RULES, Slab, parts_of, refuse, rule, torch_functions
 
 
@@ -66,7 +67,9 @@ for _name in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "F.glu", 
 
 @rule("sort")
 def sort(x: Slab, dim: int = -1, descending: bool = False, stable: bool = False) -> Any:
-    values = elsewhere(lambda local: tuple(torch.sort(local, dim=dim, descending=descending, stable=stable)), x, [dim % x.ndim])
+    values = elsewhere(
+        lambda local: tuple(torch.sort(local, dim=dim, descending=descending, stable=stable)), x, [dim % x.ndim]
+    )
     return torch.return_types.sort(values)
 
 
@@ -85,16 +88,13 @@ def _pick(func: Any, extreme: Any) -> Any:
     """max, min, median: over all, of two tensors, or (values, indices) along an axis."""
 
     def call(x: Slab, *args: Any, **kwargs: Any) -> Any:
-        from credit.domain_parallel.rules import reductions
-        from credit.domain_parallel.rules.pointwise import pointwise
-
         other = args[0] if args else kwargs.get("other")
         if isinstance(other, Tensor):
             return pointwise(func)(x, other)
         if not args and not kwargs:
             if extreme is None:
                 refuse(f"{func.__name__} over all axes", "it has no rule")
-            return getattr(reductions, extreme)(x)
+            return extreme(x)
         dim = args[0] if args else kwargs["dim"]
         keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
         pair = elsewhere(lambda local: tuple(func(local, dim, True)), x, [dim % x.ndim])
@@ -110,7 +110,7 @@ def _dropped(x: Tensor, dim: int, keepdim: bool) -> Any:
     return drop(x.local, x, (dim,), False) if isinstance(x, Slab) else x.squeeze(dim)
 
 
-for _name, _extreme in (("max", "amax"), ("min", "amin"), ("median", None)):
+for _name, _extreme in (("max", amax), ("min", amin), ("median", None)):
     for _func in (getattr(torch, _name), getattr(torch.Tensor, _name)):
         RULES[_func] = _pick(_func, _extreme)
 
@@ -157,8 +157,6 @@ for _kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft"):
 
 def _shifted(func: Any) -> Any:
     def call(x: Slab, dim: Any = None) -> Any:
-        from credit.domain_parallel.rules.views import roll
-
         dims = axes_of(x, dim)
         sign = 1 if func is torch.fft.fftshift else -1
         shifts = [x.shape[d] // 2 if sign > 0 else (x.shape[d] + 1) // 2 for d in dims]
@@ -205,5 +203,3 @@ def gather(x: Tensor, dim: int, index: Tensor, **kwargs: Any) -> Any:
     if dim % like.ndim != like.cut and isinstance(x, Slab):
         return like.like(torch.gather(x.local, dim, align(index, like)))
     return torch.gather(whole(x), dim, whole(index))
-
-

@@ -48,8 +48,6 @@ def register_hook(x: Slab, hook: Any) -> Any:
     return x.local.register_hook(on_rows)
 
 
-
-
 @rule("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "__array__", "__contains__")
 def to_python(x: Slab, *args: Any, **kwargs: Any) -> Any:
     refuse("turning a field into Python or numpy values", "each rank has its own rows only")

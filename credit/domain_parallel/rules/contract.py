@@ -156,8 +156,6 @@ def _mask(mask: Tensor | None, query: Slab, axis: int) -> Tensor | None:
     return mask if mask is None else _batch_part(mask, query, axis)
 
 
-
-
 def run_body(func: types.FunctionType) -> types.FunctionType:
     """`func`, a torch function written in Python, without its first lines that hand over to slabs.
 
@@ -173,4 +171,3 @@ def run_body(func: types.FunctionType) -> types.FunctionType:
 
 for _func in (F.multi_head_attention_forward, F.normalize, F.gumbel_softmax):
     COMPOSITE[_func] = run_body(_func)
-

@@ -110,7 +110,13 @@ def _combine(mean: Tensor | None, variance: Tensor, counts: tuple[int, ...], man
 
 
 def standardize(
-    x: Slab, shape: Sequence[int], dims: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float, center: bool = True
+    x: Slab,
+    shape: Sequence[int],
+    dims: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    center: bool = True,
 ) -> tuple[Slab, Tensor, Tensor]:
     """The rows of `x`, viewed as `shape`, standardized over `dims` of that view; moments keep these axes."""
     local = x.local.reshape(tuple(shape))
@@ -125,7 +131,12 @@ def standardize(
 
 @rule("F.group_norm", "torch.group_norm")
 def group_norm(
-    input: Slab, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *unused: Any
+    input: Slab,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *unused: Any,
 ) -> Slab:
     if input.cut == 0:
         return input.like(F.group_norm(input.local, num_groups, weight, bias, eps))

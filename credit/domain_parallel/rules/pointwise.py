@@ -27,7 +27,8 @@ BINARY = """
 add sub subtract mul multiply div divide true_divide floor_divide remainder fmod pow float_power rsub atan2 arctan2
 maximum minimum fmax fmin hypot copysign nextafter ldexp logaddexp logaddexp2 xlog1py heaviside
 eq ne lt le gt ge greater less greater_equal less_equal not_equal isclose logical_and logical_or logical_xor
-bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift lerp where masked_fill addcmul addcdiv complex polar
+bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift lerp where masked_fill addcmul
+addcdiv complex polar
 __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __div__ __rdiv__ __floordiv__
 __rfloordiv__ __mod__ __rmod__ __pow__ __rpow__ __neg__ __pos__ __abs__ __invert__ __and__ __rand__ __or__ __ror__
 __xor__ __rxor__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __lshift__ __rshift__
@@ -162,5 +163,3 @@ def prelu(x: Slab, weight: Tensor) -> Slab:
     """One slope for all, or one a channel (axis 1)."""
     mine = own(weight, 0, x) if x.cut == 1 and weight.numel() > 1 else weight
     return result(F.prelu(x.local, mine), x)
-
-

@@ -15,7 +15,8 @@ from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, Taps, Window, make_plan
 from credit.domain_parallel.reshard import other_axis, own, recut, reshard, whole
 from credit.domain_parallel.rules.along import elsewhere
-from credit.domain_parallel.rules.reductions import amax, mean
+from credit.domain_parallel.rules.pointwise import pointwise
+from credit.domain_parallel.rules.reductions import amax, mean, sum_
 from credit.domain_parallel.rules.windows import fetch, per_axis, with_axis
 from credit.domain_parallel.slab import RULES, Slab, parts_of, rank_of, refuse, rule
 
@@ -143,9 +144,7 @@ def _adaptive(axes: int, average: bool) -> Any:
             return elsewhere(lambda local: function(local, size), input, dims)
         axis = input.cut - dims[0]
         taps = _adaptive_taps(input.shape[input.cut], size[axis])
-        return _apply_taps(
-            input, taps, lambda local: function(local, with_axis(size, axis, local.shape[input.cut]))
-        )
+        return _apply_taps(input, taps, lambda local: function(local, with_axis(size, axis, local.shape[input.cut])))
 
     return call
 
@@ -220,7 +219,9 @@ def interpolate(
         axis,
         tuple(sorted(options.items())),
     )
-    same_rows = sizes is not None and sizes[axis] == input.shape[input.cut] or scales is not None and scales[axis] == 1
+    same_rows = (sizes is not None and sizes[axis] == input.shape[input.cut]) or (
+        scales is not None and scales[axis] == 1
+    )
 
     def others(local: Tensor) -> Tensor:
         return F.interpolate(
@@ -248,16 +249,18 @@ def _taps(
 
     So they follow torch's coordinate conventions exactly.
     """
-    ones: tuple[int, ...] = (1,) * spatial
-    units = torch.eye(length, dtype=torch.float64).view(1, length, *with_axis(ones, axis, length))
+    # Two columns, as torch's antialiasing is wrong on a field of one (seen with 2.13).
+    others: tuple[int, ...] = (2,) * spatial
+    units = torch.eye(length, dtype=torch.float64).view(1, length, *with_axis((1,) * spatial, axis, length))
+    units = units.expand(1, length, *with_axis(others, axis, length)).contiguous()
     resized = F.interpolate(
         units,
-        None if size is None else with_axis(ones, axis, size),
+        None if size is None else with_axis(others, axis, size),
         None if scale is None else with_axis((1.0,) * spatial, axis, scale),
         mode,
         **dict(options),
     )
-    columns = resized.view(length, -1).T
+    columns = resized.movedim(axis + 2, 2).flatten(3)[0, :, :, 0].T
     found = [column.nonzero().flatten().tolist() for column in columns]
     width = max(map(len, found))
     padded = [rows + rows[-1:] * (width - len(rows)) for rows in found]
@@ -327,10 +330,8 @@ def fold(input: Slab, *args: Any, **kwargs: Any) -> Tensor:
 
 def _loss(func: Any) -> Any:
     def call(input: Tensor, target: Tensor, *args: Any, reduction: str = "mean", **kwargs: Any) -> Any:
-        from credit.domain_parallel.rules import pointwise, reductions
-
-        each = pointwise.pointwise(func)(input, target, *args, reduction="none", **kwargs)
-        return {"none": lambda x: x, "mean": reductions.mean, "sum": reductions.sum_}[reduction](each)
+        each = pointwise(func)(input, target, *args, reduction="none", **kwargs)
+        return {"none": lambda x: x, "mean": mean, "sum": sum_}[reduction](each)
 
     return call
 

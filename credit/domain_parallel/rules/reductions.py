@@ -147,4 +147,3 @@ def norm(x: Slab, p: Any = "fro", dim: Dims = None, keepdim: bool = False, out: 
     if p == "nuc":
         refuse("the nuclear norm", "it has no rule")
     return vector_norm(x, 2 if p in ("fro", None) else p, dim, keepdim, dtype)
-

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from credit.domain_parallel.partition import Partition, Rows
-from credit.domain_parallel.reshard import own, plain, recut, reshard, select, whole
-from credit.domain_parallel.rules.pointwise import align, in_place, lead, pointwise, result, writable
-from credit.domain_parallel.slab import RULES, Slab, parts_of, refuse, rule, torch_functions
+from credit.domain_parallel.halo_exchange import exchange
+from credit.domain_parallel.partition import Partition, Rows, make_plan
+from credit.domain_parallel.reshard import own, recut, reshard, select, whole
+from credit.domain_parallel.rules.pointwise import align, lead, result, writable
+from credit.domain_parallel.slab import RULES, Slab, parts_of, refuse, rule
 
 
 def _sizes(shape: tuple) -> tuple[int, ...]:
@@ -58,12 +59,12 @@ def reshape(x: Slab, *shape: Any, **kwargs: Any) -> Any:
 
 
 def _group(old: tuple[int, ...], new: tuple[int, ...], cut: int) -> tuple[int, int, tuple[int, ...]]:
-    """The run of old axes around `cut` and the run of new axes made of the same entries: (first old, first new, new)."""
+    """The old axes around `cut` and the new ones made of the same entries: (first old, first new, these new)."""
     i = j = 0
     while i < len(old):
         i_end, j_end = i + 1, j
         size_old, size_new = old[i], 1
-        while size_old != size_new or i_end <= cut and size_old == size_new == 0:
+        while size_old != size_new or (i_end <= cut and size_old == size_new == 0):
             if size_new < size_old and j_end < len(new):
                 size_new *= new[j_end]
                 j_end += 1
@@ -315,9 +316,6 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
 
 def _share(x: Slab, top: int, target: Partition) -> Tensor:
     """The rows of `x` that this rank owns of a longer axis in which `x` begins at row `top`."""
-    from credit.domain_parallel.halo_exchange import exchange
-    from credit.domain_parallel.partition import make_plan
-
     plan = make_plan(_Placed(top), x.partition, x.manager.domain_rank, target)
     return exchange(x.local, plan, x.cut, x.manager)
 
@@ -429,8 +427,10 @@ def _index_others(x: Slab, items: tuple) -> Slab:
 
 
 def _to_meta(item: Any) -> Any:
-    return item.nonzero()[:, 0].to("meta") if isinstance(item, Tensor) and item.dtype == torch.bool else (
-        item.to("meta") if isinstance(item, Tensor) else item
+    return (
+        item.nonzero()[:, 0].to("meta")
+        if isinstance(item, Tensor) and item.dtype == torch.bool
+        else (item.to("meta") if isinstance(item, Tensor) else item)
     )
 
 

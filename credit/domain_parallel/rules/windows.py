@@ -142,5 +142,3 @@ def conv_transpose(
     if late:
         y = y + bias.view(-1, *[1] * axes)
     return input.like(y, partition=target)
-
-

@@ -1,0 +1,106 @@
+"""What cannot be done exactly stops on every rank, with the module, the line of its code, and the remedy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from credit.domain_parallel import DomainParallelError, convert_to_domain_parallel, shard_tensor
+from tests.domain_parallel import parity
+from tests.domain_parallel.operators import Call
+from tests.ranks import RankError
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+@torch.jit.script
+def scripted(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def write_slice(x: Tensor) -> Tensor:
+    x = x * 1
+    x[:, :, 1:3] += 1
+    return x
+
+
+def write_through_view(x: Tensor) -> Tensor:
+    x = x * 1
+    rows = x[:, :, 1:-1]
+    rows.mul_(2)
+    return x
+
+
+def read_stale_slice(x: Tensor) -> Tensor:
+    x = x * 1
+    rows = x[:, :, 1:-1]
+    x.add_(1)
+    return rows + 1
+
+
+def assign_rows(x: Tensor) -> Tensor:
+    x = x * 1
+    x[:, :, 0] = 0
+    return x
+
+
+FUNCTIONS = {
+    "torch.linalg.svd": lambda x: torch.linalg.svd(x).S,
+    "a field into Python": lambda x: x * float(x),
+    "control flow": lambda x: x if (x > 0).flatten(2) else -x,
+    "numpy": lambda x: torch.from_numpy(x.detach().numpy()),
+    "autograd.Function": lambda x: Doubled.apply(x) * 1,
+    "aten": scripted,
+    "on a slice": write_slice,
+    "mul_ on a slice": write_through_view,
+    "was then changed in place": read_stale_slice,
+    "assignment to some rows": assign_rows,
+    "with out=": lambda x: torch.add(x, x, out=torch.empty(x.shape)),
+    "attention with dropout": lambda x: nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    "mask of several axes": lambda x: x[x > 0],
+    "indices": lambda x: nn.functional.max_pool2d(x, 2, return_indices=True)[0],
+}
+
+
+def run(name: str) -> None:
+    model = nn.ModuleDict({"blocks": nn.Sequential(nn.Conv2d(4, 4, 3), Call(FUNCTIONS[name]))})
+    model.forward = lambda x: model["blocks"](x)  # type: ignore[method-assign]
+    convert_to_domain_parallel(model["blocks"], parity.manager())
+    x = shard_tensor(torch.randn(2, 4, 13, 6), -2, parity.manager())
+    model(x).sum().backward()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_has_no_rule_is_refused_with_module_line_and_remedy(worlds, name) -> None:
+    with pytest.raises(RankError) as caught:
+        worlds(2).run(run, name)
+    assert {type(error) for error in caught.value.errors.values()} == {DomainParallelError}
+    assert len(caught.value.errors) == 2
+    first, second = (str(error) for error in caught.value.errors.values())
+    assert first == second
+    assert "1 (Call)" in first
+    assert "test_refusals.py" in first or "operators.py" in first
+    assert name.split(" ")[-1] in first
+
+
+def differing_generators(train: bool) -> bool:
+    model = convert_to_domain_parallel(nn.Sequential(nn.Conv2d(1, 1, 3), nn.Dropout(0.5)), parity.manager())
+    torch.manual_seed(parity.manager().domain_rank)
+    model.train(train)(shard_tensor(torch.randn(2, 1, 13, 6), -2, parity.manager()))
+    return True
+
+
+def test_random_numbers_that_differ_between_ranks_are_refused_where_they_are_drawn(worlds) -> None:
+    assert worlds(2).run(differing_generators, False) == [True, True]
+    with pytest.raises(RankError, match=r"draws random numbers .* torch\.manual_seed") as caught:
+        worlds(2).run(differing_generators, True)
+    assert len(caught.value.errors) == 2
