@@ -7,6 +7,7 @@ symmetric case of the reference API.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from credit.domain_parallel.manager import (
     DomainParallelManager,
     get_domain_parallel_manager,
 )
-from credit.domain_parallel.partition import FILL, Partition, Plan, Window, make_plan
+from credit.domain_parallel.partition import FILL, Partition, Piece, Plan, Window, make_plan
 
 
 def exchange(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager, fill: float = 0.0) -> Tensor:
@@ -40,72 +41,119 @@ def exchange(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager, fi
     return _Exchange.apply(x, plan, dim % x.ndim, manager, fill)
 
 
+class Messages:
+    """Messages under way: one to each peer of `outgoing`, one from each of `incoming` (peer: shape)."""
+
+    def __init__(
+        self,
+        outgoing: dict[int, Tensor],
+        incoming: dict[int, list[int]],
+        like: Tensor,
+        manager: DomainParallelManager,
+    ) -> None:
+        self._received = {peer: like.new_empty(shape) for peer, shape in incoming.items()}
+        # What is sent must live until it is sent.
+        self._sent = [tensor.contiguous() for tensor in outgoing.values()]
+        group = manager.domain_group
+        ops = []
+        for peer, tensor in zip(outgoing, self._sent, strict=True):
+            if tensor.numel():
+                ops.append(dist.P2POp(dist.isend, tensor, manager.global_rank(peer), group))
+                manager.traffic.messages += 1
+                manager.traffic.bytes += tensor.numel() * tensor.element_size()
+        for peer, tensor in self._received.items():
+            if tensor.numel():
+                ops.append(dist.P2POp(dist.irecv, tensor, manager.global_rank(peer), group))
+        self._requests = dist.batch_isend_irecv(ops) if ops else []
+
+    def wait(self) -> dict[int, Tensor]:
+        """What came, by peer."""
+        for request in self._requests:
+            request.wait()
+        return self._received
+
+
 def swap(
     outgoing: dict[int, Tensor], incoming: dict[int, list[int]], like: Tensor, manager: DomainParallelManager
 ) -> dict[int, Tensor]:
-    """One message to each peer of `outgoing`, one from each of `incoming` (peer: shape)."""
-    received = {peer: like.new_empty(shape) for peer, shape in incoming.items()}
-    group = manager.domain_group
-    ops = []
-    for peer, tensor in outgoing.items():
-        if tensor.numel():
-            ops.append(dist.P2POp(dist.isend, tensor.contiguous(), manager.global_rank(peer), group))
-            manager.traffic.messages += 1
-            manager.traffic.bytes += tensor.numel() * tensor.element_size()
-    for peer, tensor in received.items():
-        if tensor.numel():
-            ops.append(dist.P2POp(dist.irecv, tensor, manager.global_rank(peer), group))
-    if ops:
-        for request in dist.batch_isend_irecv(ops):
-            request.wait()
-    return received
+    """Send and wait; see `Messages`."""
+    return Messages(outgoing, incoming, like, manager).wait()
 
 
 def _with_rows(shape: torch.Size, dim: int, rows: int) -> list[int]:
     return [*shape[:dim], rows, *shape[dim + 1 :]]
 
 
-def _gather_rows(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager, fill: float = 0.0) -> Tensor:
+def send_rows(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager) -> Messages:
+    """Start the messages of `plan`: the rows of `x` that the peers need."""
     outgoing = {
         peer: torch.cat([x.narrow(dim, first, count) for first, count in runs], dim)
         for peer, runs in plan.sends.items()
     }
     shapes = {peer: _with_rows(x.shape, dim, rows) for peer, rows in plan.receives.items()}
-    source = {plan.rank: x, **swap(outgoing, shapes, x, manager)}
-    pieces = []
-    for piece in plan.pieces:
+    return Messages(outgoing, shapes, x, manager)
+
+
+def assemble(source: dict[int, Tensor], pieces: Sequence[Piece], dim: int, like: Tensor, fill: float = 0.0) -> Tensor:
+    """The rows that `pieces` tell, from what each rank gave."""
+    rows = []
+    for piece in pieces:
         if piece.source == FILL:
-            pieces.append(x.new_full(_with_rows(x.shape, dim, piece.count), fill))
+            rows.append(like.new_full(_with_rows(like.shape, dim, piece.count), fill))
         elif piece.step == 1:
-            pieces.append(source[piece.source].narrow(dim, piece.first, piece.count))
+            rows.append(source[piece.source].narrow(dim, piece.first, piece.count))
         else:
             lowest = piece.first - piece.count + 1
-            pieces.append(source[piece.source].narrow(dim, lowest, piece.count).flip(dim))
-    return torch.cat(pieces, dim) if pieces else x.narrow(dim, 0, 0)
+            rows.append(source[piece.source].narrow(dim, lowest, piece.count).flip(dim))
+    return torch.cat(rows, dim) if rows else like.narrow(dim, 0, 0)
 
 
-def _scatter_add_rows(grad: Tensor, plan: Plan, dim: int, manager: DomainParallelManager) -> Tensor:
-    """The transpose of `_gather_rows`."""
-    totals = {
-        peer: grad.new_zeros(_with_rows(grad.shape, dim, rows))
-        for peer, rows in {**plan.receives, plan.rank: plan.shard}.items()
-    }
+def _gather_rows(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager, fill: float = 0.0) -> Tensor:
+    received = send_rows(x, plan, dim, manager).wait()
+    return assemble({plan.rank: x, **received}, plan.pieces, dim, x, fill)
+
+
+def add_pieces(totals: dict[int, Tensor], grad: Tensor, pieces: Sequence[Piece], dim: int) -> None:
+    """The transpose of `assemble`: add each piece of `grad` to the rows it was made of."""
     position = 0
-    for piece in plan.pieces:
+    for piece in pieces:
         rows = grad.narrow(dim, position, piece.count)
         position += piece.count
         if piece.source == FILL:
             continue
         lowest = piece.first if piece.step == 1 else piece.first - piece.count + 1
         totals[piece.source].narrow(dim, lowest, piece.count).add_(rows if piece.step == 1 else rows.flip(dim))
-    own = totals.pop(plan.rank)
+
+
+def send_gradients(
+    totals: dict[int, Tensor], grad: Tensor, plan: Plan, dim: int, manager: DomainParallelManager
+) -> Messages:
+    """Start the messages of the transposed plan: the gradients of received rows go back to their owners."""
     counts = {peer: sum(count for _, count in runs) for peer, runs in plan.sends.items()}
     shapes = {peer: _with_rows(grad.shape, dim, rows) for peer, rows in counts.items()}
-    for peer, message in swap(totals, shapes, grad, manager).items():
+    return Messages(totals, shapes, grad, manager)
+
+
+def add_gradients(own: Tensor, received: dict[int, Tensor], plan: Plan, dim: int) -> None:
+    """Add to `own` what the peers sent back."""
+    for peer, message in received.items():
         position = 0
         for first, count in plan.sends[peer]:
             own.narrow(dim, first, count).add_(message.narrow(dim, position, count))
             position += count
+
+
+def zero_gradients(plan: Plan, grad: Tensor, dim: int) -> dict[int, Tensor]:
+    """Zeros for the gradients of the rows that came from each peer."""
+    return {peer: grad.new_zeros(_with_rows(grad.shape, dim, rows)) for peer, rows in plan.receives.items()}
+
+
+def _scatter_add_rows(grad: Tensor, plan: Plan, dim: int, manager: DomainParallelManager) -> Tensor:
+    """The transpose of `_gather_rows`."""
+    totals = zero_gradients(plan, grad, dim)
+    own = grad.new_zeros(_with_rows(grad.shape, dim, plan.shard))
+    add_pieces({**totals, plan.rank: own}, grad, plan.pieces, dim)
+    add_gradients(own, send_gradients(totals, grad, plan, dim, manager).wait(), plan, dim)
     return own
 
 

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,9 @@ RULES: dict[Any, Callable[..., Any]] = {}
 
 COMPOSITE: dict[Any, Callable[..., Any]] = {}
 """Torch functions written in Python whose own body is run, on slabs."""
+
+observer: Callable[[Any], None] | None = None
+"""Called with every torch function that meets a slab, while it is set."""
 
 _NAMESPACES = {
     "torch": torch,
@@ -101,6 +104,8 @@ class Slab(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if observer is not None:
+            observer(func)
         rule = RULES.get(func)
         if rule is not None:
             with torch._C.DisableTorchFunctionSubclass():
@@ -120,16 +125,34 @@ class Slab(torch.Tensor):
             return f"Slab({list(self.shape)}, axis {self.cut} cut as {self.partition.sizes}, {self._local!r})"
 
 
-def _slab_of(leaf: Any, *context: Any) -> Any:
-    return Slab(leaf, *context) if isinstance(leaf, Tensor) else leaf
+class _Opened(NamedTuple):
+    local: Tensor
+    cut: int
+    partition: Partition
+    manager: DomainParallelManager
 
 
-# For tree_map, and so for FSDP2's hooks, a slab is a container of its rows: gradients then pass through.
-_pytree.register_pytree_node(
-    Slab,
-    lambda slab: ([slab.local], (slab.cut, slab.partition, slab.manager)),
-    lambda leaves, context: _slab_of(*leaves, *context),
-)
+def show_rows_to_hooks(module: nn.Module) -> None:
+    """Let the forward pre-hooks that `module` has by now see the rows of slabs, as tuples, in place of slabs.
+
+    For hooks that pass tensors through an autograd function of their own, as FSDP2's do.
+    """
+
+    def opened(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return _each(args, kwargs, Slab, lambda x: _Opened(x.local, x.cut, x.partition, x.manager))
+
+    def closed(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return _each(args, kwargs, _Opened, lambda x: Slab(*x))
+
+    module.register_forward_pre_hook(opened, prepend=True, with_kwargs=True)
+    module.register_forward_pre_hook(closed, with_kwargs=True)
+
+
+def _each(args: tuple, kwargs: dict, kind: type, change: Callable[[Any], Any]) -> tuple[Any, Any]:
+    def is_one(x: Any) -> bool:
+        return isinstance(x, kind)
+
+    return _pytree.tree_map(lambda x: change(x) if is_one(x) else x, (args, kwargs), is_leaf=is_one)
 
 
 def rule(*names: str) -> Callable[[Callable], Callable]:

@@ -10,6 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from credit.domain_parallel.slab import show_rows_to_hooks
+
 BLOCKS = ("Transformer", "UpBlock", "UpBlockPS")
 """Classes, by name, whose parameters are gathered one block at a time. A model adds its own as `fsdp_blocks`."""
 
@@ -41,6 +43,7 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: dict) -> nn.
     for module in list(model.modules()):
         if module is not model and (type(module).__name__ in BLOCKS or isinstance(module, declared)):
             fully_shard(module, mesh=dp_mesh, mp_policy=MixedPrecisionPolicy(**bf16))
+            show_rows_to_hooks(module)
     # Only the whole model answers in float32: a block's output is the next block's bfloat16 input.
     output: dict[str, Any] = {"output_dtype": torch.float32} if bf16 else {}
     fully_shard(model, mesh=dp_mesh, mp_policy=MixedPrecisionPolicy(**bf16, **output))

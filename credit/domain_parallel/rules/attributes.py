@@ -22,7 +22,7 @@ for _name in _METHODS:
         RULES[_func] = _func
 
 # Asked of the rows.
-for _name in ("grad_fn", "is_leaf"):
+for _name in ("grad_fn", "is_leaf", "_base"):
     _getter = getattr(torch.Tensor, _name).__get__
     RULES[_getter] = lambda x, getter=_getter: getter(x.local)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from credit.domain_parallel.halo_conv import halo_conv, keeps_rows
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, TransposedWindow, Window, make_plan
 from credit.domain_parallel.reshard import other_axis, reshard, whole
@@ -61,15 +62,25 @@ def conv(
     stride, dilation = per_axis(stride, axes), per_axis(dilation, axes)
     before, after = pads_of(padding, weight.shape[2:], dilation)
     window = Window(weight.shape[2 + axis], stride[axis], dilation[axis], before[axis], after[axis])
-    x = fetch(input, window)
-    if x is None:
+    out = window.out_length(input.shape[input.cut])
+    if out < parts_of(input):
         return convolve(whole(input), weight, bias, stride, padding, dilation, groups)
-    x, target = x
+    target = Partition(out, parts_of(input))
+    plan = make_plan(window, input.partition, rank_of(input), target)
+    if input.ndim == axes + 2 and list(before) == list(after) and _all_keep_rows(window, input, target):
+        geometry = (stride, list(before), dilation, groups)
+        return input.like(halo_conv(input.local, weight, bias, geometry, plan, input.cut, input.manager))
+    x = exchange(input.local, plan, input.cut, input.manager)
     before, after = with_axis(before, axis, 0), with_axis(after, axis, 0)
     if before != after:
         x = F.pad(x, [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair])
         before = (0,) * axes
     return input.like(convolve(x, weight, bias, stride, before, dilation, groups), partition=target)
+
+
+def _all_keep_rows(window: Window, x: Slab, target: Partition) -> bool:
+    plans = (make_plan(window, x.partition, rank, target) for rank in range(parts_of(x)))
+    return x.partition == target and all(keeps_rows(window, plan) for plan in plans)
 
 
 def pads_of(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
