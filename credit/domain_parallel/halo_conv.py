@@ -8,6 +8,7 @@ gradient leaves first and travels while the large convolution runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,22 +24,20 @@ from credit.domain_parallel.halo_exchange import (
     zero_gradients,
 )
 from credit.domain_parallel.manager import DomainParallelManager
-from credit.domain_parallel.partition import Plan, Window
+from credit.domain_parallel.partition import Halo, Partition, Plan, Window, make_plan
 
 Geometry = tuple[list[int], list[int], list[int], int]
 """(stride, padding, dilation, groups) of the convolution on local rows, its own zero padding included."""
 
 
-def keeps_rows(window: Window, plan: Plan) -> bool:
+def keeps_rows(window: Window, partition: Partition) -> bool:
     """True if output rows are where the input rows are, so that the local rows need no shift: stride 1, odd kernel."""
-    rows = plan.rows - window.before - window.after
     return (
         window.stride == 1
-        and window.mode == "zeros"
         and window.before == window.after
         and 2 * window.before == window.reach - 1
-        and rows == plan.shard == len(plan.out)
-        and window.before <= plan.shard
+        and partition.is_plain
+        and window.before <= min(partition.sizes)
     )
 
 
@@ -47,24 +46,27 @@ def halo_conv(
     weight: Tensor,
     bias: Tensor | None,
     geometry: Geometry,
-    plan: Plan,
+    window: Window,
+    length: int,
     dim: int,
     manager: DomainParallelManager,
 ) -> Tensor:
-    """This rank's rows of the convolution of the whole field.
+    """This rank's rows of the convolution of the whole field, padded past the edges as `window.mode` says.
 
     Args:
-        x: this rank's rows, `plan.shard` along `dim`.
+        x: this rank's rows along `dim`.
         weight, bias: of the convolution.
-        geometry: of the convolution on the local rows, padding along `dim` included.
-        plan: of a window for which `keeps_rows`.
+        geometry: of the convolution on the local rows; along `dim` it pads with `window.before` zeros.
+        window: one for which `keeps_rows`.
+        length: of the whole field along `dim`.
         dim: the sharded axis.
         manager: gives the domain group.
     """
     if torch.is_autocast_enabled(x.device.type):
         kind = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(kind), weight.to(kind), bias if bias is None else bias.to(kind)
-    return _HaloConv.apply(x, weight, bias, geometry, plan, dim, manager)
+    plan = make_plan(Halo(window), Partition(length, manager.domain_world_size), manager.domain_rank)
+    return _HaloConv.apply(x, weight, bias, geometry, window, plan, dim, manager)
 
 
 class _HaloConv(torch.autograd.Function):
@@ -75,78 +77,82 @@ class _HaloConv(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         geometry: Geometry,
+        window: Window,
         plan: Plan,
         dim: int,
         manager: DomainParallelManager,
     ) -> Tensor:
+        without_padding = _without_padding(geometry, dim, x)
         with torch.autocast(x.device.type, enabled=False):
             messages = send_rows(x, plan, dim, manager)
             y = _conv(x, weight, bias, geometry)
-            received = messages.wait()
+            halo = assemble({plan.rank: x, **messages.wait()}, plan.pieces, dim, x)
             strips = []
-            for pieces, place, above in _edges(plan, geometry, dim, x):
-                strip = _strip(assemble(received, pieces, dim, x), dim, above)
-                edge = _conv(strip, weight, None, _without_padding(geometry, dim, x))
-                y.narrow(dim, place, edge.shape[dim]).add_(edge)
+            for edge in _edges(window, plan):
+                strip = F.pad(halo.narrow(dim, edge.first, window.before), [0, 0] * (x.ndim - 1 - dim) + edge.zeros)
+                change = _conv(strip, weight, None, without_padding)
+                y.narrow(dim, edge.out, window.before).add_(change)
                 strips.append(strip)
         ctx.save_for_backward(x, weight, *strips)
-        ctx.geometry = geometry, plan, dim, manager, bias is not None
+        ctx.geometry = geometry, without_padding, window, plan, dim, manager, bias is not None
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *strips = ctx.saved_tensors
-        geometry, plan, dim, manager, has_bias = ctx.geometry
+        geometry, without_padding, window, plan, dim, manager, has_bias = ctx.geometry
         wants_x, wants_weight = ctx.needs_input_grad[:2]
-        totals = zero_gradients(plan, x, dim) if wants_x else {}
-        halo = _halo(geometry, dim, x)
-        grad_weight = None
-        for strip, (pieces, place, above) in zip(strips, _edges(plan, geometry, dim, x), strict=True):
-            edge = grad.narrow(dim, place, halo).contiguous()
-            mask = [wants_x, wants_weight, False]
-            of_strip, of_weight, _ = _conv_backward(edge, strip, weight, _without_padding(geometry, dim, x), mask)
+        of_halo = x.new_zeros([*x.shape[:dim], window.before + window.after, *x.shape[dim + 1 :]])
+        weights = []
+        for strip, edge in zip(strips, _edges(window, plan), strict=True):
+            rows = grad.narrow(dim, edge.out, window.before).contiguous()
+            of_strip, of_weight, _ = _conv_backward(
+                rows, strip, weight, without_padding, [wants_x, wants_weight, False]
+            )
             if wants_x:
-                start = 0 if above else strip.shape[dim] - halo
-                add_pieces(totals, of_strip.narrow(dim, start, halo), pieces, dim)
-            if wants_weight:
-                grad_weight = of_weight if grad_weight is None else grad_weight.add_(of_weight)
-        messages = send_gradients(totals, x, plan, dim, manager) if wants_x else None
+                part = of_strip.narrow(dim, edge.zeros[0], window.before)
+                of_halo.narrow(dim, edge.first, window.before).copy_(part)
+            weights.append(of_weight)
+        messages = None
+        if wants_x:
+            totals = zero_gradients(plan, x, dim)
+            add_pieces(totals, of_halo, plan.pieces, dim)
+            messages = send_gradients(totals, x, plan, dim, manager)
         mask = [wants_x, wants_weight, has_bias and ctx.needs_input_grad[2]]
-        grad_x, of_weight, grad_bias = _conv_backward(grad, x, weight, geometry, mask)
-        if wants_weight:
-            grad_weight = of_weight if grad_weight is None else grad_weight.add_(of_weight)
+        grad_x, grad_weight, grad_bias = _conv_backward(grad, x, weight, geometry, mask)
+        for of_weight in weights if wants_weight else ():
+            grad_weight.add_(of_weight)
         if messages is not None:
             add_gradients(grad_x, messages.wait(), plan, dim)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+            add_pieces({plan.rank: grad_x}, of_halo, plan.pieces, dim)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
-def _axis(dim: int, x: Tensor, geometry: Geometry) -> int:
-    return dim - (x.ndim - len(geometry[0]))
+@dataclass(frozen=True)
+class _Edge:
+    """One side of the shard: its rows in the halo, the zeros that stand for the shard, its first output row."""
+
+    first: int
+    zeros: list[int]
+    out: int
 
 
-def _halo(geometry: Geometry, dim: int, x: Tensor) -> int:
-    return geometry[1][_axis(dim, x, geometry)]
-
-
-def _edges(plan: Plan, geometry: Geometry, dim: int, x: Tensor) -> list[tuple[tuple, int, bool]]:
-    """(pieces of a halo, first output row it contributes to, whether it is above) for each side that has rows of other ranks."""
-    halo = _halo(geometry, dim, x)
-    own = next(i for i, piece in enumerate(plan.pieces) if piece.source == plan.rank)
-    above, below = plan.pieces[:own], plan.pieces[own + 1 :]
-    sides = [(above, 0, True), (below, plan.shard - halo, False)]
-    return [side for side in sides if any(piece.source >= 0 for piece in side[0])]
-
-
-def _strip(halo: Tensor, dim: int, above: bool) -> Tensor:
-    """The halo rows, and zeros where the local rows are: what the edge outputs read of other ranks."""
-    rows = 2 * halo.shape[dim]
-    return F.pad(halo, [0, 0] * (halo.ndim - 1 - dim) + ([0, rows] if above else [rows, 0]))
+def _edges(window: Window, plan: Plan) -> list[_Edge]:
+    """The sides whose halo is not all zeros."""
+    width = window.before
+    at_pole = window.mode == "zeros"
+    edges = []
+    if width and not (at_pole and plan.out[0] == 0):
+        edges.append(_Edge(0, [0, 2 * width], 0))
+    if width and not (at_pole and plan.out[-1] == plan.length - 1):
+        edges.append(_Edge(width, [2 * width, 0], plan.shard - width))
+    return edges
 
 
 def _without_padding(geometry: Geometry, dim: int, x: Tensor) -> Geometry:
     stride, padding, dilation, groups = geometry
-    axis = _axis(dim, x, geometry)
+    axis = dim - (x.ndim - len(stride))
     return stride, [*padding[:axis], 0, *padding[axis + 1 :]], dilation, groups
 
 

@@ -114,12 +114,12 @@ def _gather_rows(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager
 
 
 def add_pieces(totals: dict[int, Tensor], grad: Tensor, pieces: Sequence[Piece], dim: int) -> None:
-    """The transpose of `assemble`: add each piece of `grad` to the rows it was made of."""
+    """The transpose of `assemble`: add each piece of `grad` to the rows it was made of, of the ranks in `totals`."""
     position = 0
     for piece in pieces:
         rows = grad.narrow(dim, position, piece.count)
         position += piece.count
-        if piece.source == FILL:
+        if piece.source not in totals:
             continue
         lowest = piece.first if piece.step == 1 else piece.first - piece.count + 1
         totals[piece.source].narrow(dim, lowest, piece.count).add_(rows if piece.step == 1 else rows.flip(dim))

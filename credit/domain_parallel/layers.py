@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from credit.domain_parallel.halo_conv import keeps_rows
 from credit.domain_parallel.halo_exchange import HaloExchange
 from credit.domain_parallel.lengths import global_length
 from credit.domain_parallel.manager import (
@@ -26,7 +27,7 @@ from credit.domain_parallel.manager import (
 from credit.domain_parallel.partition import Partition, TransposedWindow, Window
 from credit.domain_parallel.reshard import plain as plainly_cut
 from credit.domain_parallel.root import Border
-from credit.domain_parallel.rules.windows import fetch, pads_of, per_axis
+from credit.domain_parallel.rules.windows import CONV, conv_in_place, fetch, pads_of, per_axis
 from credit.domain_parallel.slab import Slab, inside_model, is_inside_model
 
 
@@ -135,6 +136,33 @@ class _DomainParallelConv(DomainParallelLayer):
         """A symmetric exchange that covers this layer. The layer itself sends the minimum instead."""
         return HaloExchange(self.halo_width, self._dim)
 
+    def on_slab(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """With another padding mode than zeros, one exchange does the padding and the halo."""
+        axes = self._spatial_axes
+        axis = x.cut - (x.ndim - axes) if isinstance(x, Slab) else -1
+        if axis < 0 or self.padding_mode == "zeros":
+            return super().on_slab(x, *args, **kwargs)
+        pads = list(self._reversed_padding_repeated_twice)
+        place = 2 * (axes - 1 - axis)
+        before, after = pads[place : place + 2]
+        if not before + after > 0 or max(before, after) >= x.shape[x.cut]:
+            return super().on_slab(x, *args, **kwargs)
+        pads[place : place + 2] = [0, 0]
+        wide = x.like(F.pad(x.local, pads, mode=self.padding_mode)) if any(pads) else x
+        window = Window(
+            self.kernel_size[axis], self.stride[axis], self.dilation[axis], before, after, self.padding_mode
+        )
+        padding = [before if i == axis else 0 for i in range(axes)]
+        if keeps_rows(window, x.partition):
+            geometry = (list(self.stride), padding, list(self.dilation), self.groups)
+            return conv_in_place(wide, self.weight, self.bias, geometry, window)
+        found = fetch(wide, window)
+        if found is None:
+            return super().on_slab(x, *args, **kwargs)
+        rows, target = found
+        y = CONV[axes](rows, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return x.like(y, partition=target)
+
 
 class DomainParallelConv1d(_DomainParallelConv):
     """`nn.Conv1d` on shards of (batch, channel, longitude)."""
@@ -239,7 +267,13 @@ class DomainParallelPeriodicConv2d(DomainParallelLayer):
     def on_slab(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         conv, pad = self.conv, self.padding
         window = Window(conv.kernel_size[0], conv.stride[0], conv.dilation[0], pad, pad, "reflect")
-        found = fetch(x, window) if isinstance(x, Slab) and x.cut == x.ndim - 2 else None
+        if not isinstance(x, Slab) or x.cut != x.ndim - 2 or x.shape[-2] <= pad:
+            return super().on_slab(x, *args, **kwargs)
+        if keeps_rows(window, x.partition) and not (conv._forward_hooks or conv._forward_pre_hooks):
+            wide = x.like(F.pad(x.local, (pad, pad, 0, 0), mode="circular"))
+            geometry = (list(conv.stride), [pad, 0], list(conv.dilation), conv.groups)
+            return conv_in_place(wide, conv.weight, conv.bias, geometry, window)
+        found = fetch(x, window)
         if found is None:
             return super().on_slab(x, *args, **kwargs)
         rows, target = found

@@ -152,6 +152,20 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Halo:
+    """Of what a `Window` reads, only the `before` rows above and the `after` rows below the output rows' own."""
+
+    window: Window
+
+    def out_length(self, length: int) -> int:
+        return self.window.out_length(length)
+
+    def needs(self, out: Sequence[int], length: int) -> list[int | None]:
+        rows = self.window.needs(out, length)
+        return rows[: self.window.before] + rows[len(rows) - self.window.after :]
+
+
+@dataclass(frozen=True)
 class TransposedWindow:
     """Input row i adds to output rows i * stride - padding + k * dilation (transposed convolution)."""
 

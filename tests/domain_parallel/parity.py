@@ -23,10 +23,11 @@ def manager() -> DomainParallelManager:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """max |a - b| / max |b|; infinite if the shapes differ."""
-    if a.shape != b.shape:
-        return float("inf")
+    """max |a - b| / max |b|; infinite if the shapes differ, or what is not a number in one is in the other."""
     a, b = a.detach(), b.detach()
+    if a.shape != b.shape or not torch.equal(a.isnan(), b.isnan()):
+        return float("inf")
+    a, b = a.nan_to_num(), b.nan_to_num()
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if b.numel() else 0.0
 
 

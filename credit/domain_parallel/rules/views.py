@@ -16,8 +16,9 @@ from torch import Tensor
 
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, Rows, make_plan
+from credit.domain_parallel.regroup import regroup
 from credit.domain_parallel.reshard import own, recut, reshard, select, whole
-from credit.domain_parallel.rules.pointwise import align, lead, result, writable
+from credit.domain_parallel.rules.pointwise import align, lead, result, updated, writable
 from credit.domain_parallel.slab import RULES, Slab, parts_of, refuse, rule
 
 
@@ -47,75 +48,14 @@ def reshape(x: Slab, *shape: Any, **kwargs: Any) -> Any:
     new = _resolved(_sizes(shape or (kwargs["shape"],)), x.numel())
     if new == tuple(x.shape):
         return x
-    first, last, group = _group(tuple(x.shape), new, x.cut)
-    found = _merged(x, first, group) or _split(x, first, group)
+    # An empty tensor does not tell which axes are made of which, and is whole everywhere at no cost.
+    found = regroup(tuple(x.shape), new, x.cut, x.partition) if x.numel() else None
     if found is None:
         return whole(x).reshape(new)
-    x, offset, partition = found
-    axis = last + offset
+    x = recut(x, found.before)
     local = list(new)
-    local[axis] = partition.size(x.manager.domain_rank)
-    return x.like(x.local.reshape(local), axis, partition)
-
-
-def _group(old: tuple[int, ...], new: tuple[int, ...], cut: int) -> tuple[int, int, tuple[int, ...]]:
-    """The old axes around `cut` and the new ones made of the same entries: (first old, first new, these new)."""
-    i = j = 0
-    while i < len(old):
-        i_end, j_end = i + 1, j
-        size_old, size_new = old[i], 1
-        while size_old != size_new or (i_end <= cut and size_old == size_new == 0):
-            if size_new < size_old and j_end < len(new):
-                size_new *= new[j_end]
-                j_end += 1
-            elif i_end < len(old):
-                size_old *= old[i_end]
-                i_end += 1
-            else:
-                break
-        if i <= cut < i_end or i_end == len(old):
-            while i_end == len(old) and j_end < len(new):
-                j_end += 1
-            return i, j, new[j:j_end]
-        i, j = i_end, j_end
-    raise AssertionError("the cut axis is one of the old ones")
-
-
-def _merged(x: Slab, first: int, group: tuple[int, ...]) -> tuple[Slab, int, Partition] | None:
-    """The cut kept as it is, if it falls inside one of the new axes."""
-    outer, inner = _around(x, first, group)
-    for offset, size in enumerate(group):
-        before, after = prod(group[:offset]), prod(group[offset + 1 :])
-        if outer % before or inner % after:
-            continue
-        partition = Partition(x.partition.rows, parts_of(x), outer // before, inner // after)
-        if partition.length == size:
-            return x, offset, partition
-    return None
-
-
-def _split(x: Slab, first: int, group: tuple[int, ...]) -> tuple[Slab, int, Partition] | None:
-    """The cut moved to a new axis that is part of the old one: the one that needs no exchange, else the longest."""
-    length = x.shape[x.cut]
-    before = prod(x.shape[first : x.cut])
-    after = prod(group) // (before * length) if before * length else 1
-    candidates = []
-    for offset, size in enumerate(group):
-        inner = prod(group[offset + 1 :])
-        if size >= parts_of(x) and inner % after == 0 and (length * after) % (inner * size) == 0:
-            partition = Partition(size, parts_of(x), (length * after) // (inner * size), inner // after)
-            stays = all(partition.indices(r) == x.partition.indices(r) for r in range(parts_of(x)))
-            candidates.append((not stays, -size, offset, partition))
-    if not candidates:
-        return None
-    _, size, offset, partition = min(candidates, key=lambda candidate: candidate[:3])
-    return recut(x, partition), offset, Partition(-size, parts_of(x))
-
-
-def _around(x: Slab, first: int, group: tuple[int, ...]) -> tuple[int, int]:
-    """Entries before and after the cut, in the run of axes that is regrouped."""
-    outer = prod(x.shape[first : x.cut]) * x.partition.outer
-    return outer, prod(group) // (outer * x.partition.rows) if outer else 1
+    local[found.axis] = found.after.size(x.manager.domain_rank)
+    return x.like(x.local.reshape(local), found.axis, found.after)
 
 
 @rule("flatten", "ravel")
@@ -441,12 +381,40 @@ def setitem(x: Tensor, index: Any, value: Any) -> None:
         return
     writable(x, "assignment")
     items = _spelled_out(x, index)
-    if items is None or items[_position(items, x.cut)] != slice(None):
-        refuse("assignment to some rows of a field", "they are on several ranks", "Use torch.cat or torch.where.")
+    if items is None:
+        refuse("assignment by a mask of several axes", "the number of entries each rank holds is not known")
+    at = _position(items, x.cut)
+    if items[at] != slice(None):
+        _set_rows(x, items, at, value)
+        return
     if isinstance(value, Tensor):
         target = _index_others(x.like(x.local.detach()), tuple(items))
         value = align(value, target)
     x._local[tuple(whole(i) for i in items)] = value
+    updated(x)
+
+
+def _set_rows(x: Slab, items: list, at: int, value: Any) -> None:
+    """Assign to some rows: every rank takes from the whole value what falls on its own."""
+    if any(isinstance(item, Tensor | list) for item in items):
+        refuse("assignment to some rows by tensors", "it has no rule", "Use torch.cat or torch.where.")
+    rows = torch.arange(x.shape[x.cut])[items[at]].reshape(-1)
+    mine = torch.tensor(list(x.partition.indices(x.manager.domain_rank)))
+    places = (rows[:, None] == mine).nonzero()
+    value = whole(value)
+    axis = sum(not isinstance(item, int) for item in items[at + 1 :])  # axes after the rows, from the end
+    if isinstance(value, Tensor) and not isinstance(items[at], int) and value.ndim > axis:
+        along = value.ndim - 1 - axis
+        if value.shape[along] > 1:
+            value = value.index_select(along, places[:, 0].to(x.device))
+    elif isinstance(items[at], int):
+        items = [*items[:at], slice(items[at], items[at] + 1 or None), *items[at + 1 :]]
+        value = value.unsqueeze(value.ndim - axis) if isinstance(value, Tensor) and value.ndim >= axis else value
+    first = int(places[0, 1]) if len(places) else 0
+    step = int(places[1, 1] - places[0, 1]) if len(places) > 1 else 1
+    stop = first + step * len(places)
+    x._local[(*items[:at], slice(first, stop, step), *items[at + 1 :])] = value
+    updated(x)
 
 
 @rule("index_select")

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit.domain_parallel.halo_conv import halo_conv, keeps_rows
+from credit.domain_parallel.halo_conv import Geometry, halo_conv, keeps_rows
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, TransposedWindow, Window, make_plan
 from credit.domain_parallel.reshard import other_axis, reshard, whole
@@ -65,11 +65,11 @@ def conv(
     out = window.out_length(input.shape[input.cut])
     if out < parts_of(input):
         return convolve(whole(input), weight, bias, stride, padding, dilation, groups)
+    if list(before) == list(after) and keeps_rows(window, input.partition):
+        geometry = (stride, list(before), dilation, groups)
+        return conv_in_place(input, weight, bias, geometry, window)
     target = Partition(out, parts_of(input))
     plan = make_plan(window, input.partition, rank_of(input), target)
-    if input.ndim == axes + 2 and list(before) == list(after) and _all_keep_rows(window, input, target):
-        geometry = (stride, list(before), dilation, groups)
-        return input.like(halo_conv(input.local, weight, bias, geometry, plan, input.cut, input.manager))
     x = exchange(input.local, plan, input.cut, input.manager)
     before, after = with_axis(before, axis, 0), with_axis(after, axis, 0)
     if before != after:
@@ -78,9 +78,12 @@ def conv(
     return input.like(convolve(x, weight, bias, stride, before, dilation, groups), partition=target)
 
 
-def _all_keep_rows(window: Window, x: Slab, target: Partition) -> bool:
-    plans = (make_plan(window, x.partition, rank, target) for rank in range(parts_of(x)))
-    return x.partition == target and all(keeps_rows(window, plan) for plan in plans)
+def conv_in_place(x: Slab, weight: Tensor, bias: Tensor | None, geometry: Geometry, window: Window) -> Slab:
+    """The convolution where output rows are where input rows are: no copy of the shard."""
+    batched = x.local if x.ndim == weight.ndim else x.local.unsqueeze(0)
+    cut = x.cut + batched.ndim - x.ndim
+    y = halo_conv(batched, weight, bias, geometry, window, x.shape[x.cut], cut, x.manager)
+    return x.like(y if x.ndim == weight.ndim else y.squeeze(0))
 
 
 def pads_of(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
