@@ -299,7 +299,7 @@ OPERATORS: dict[str, Callable[[], nn.Module]] = {
     "max all": call(lambda x: x / x.abs().max()),
     "min dim": call(lambda x: x + x.min(dim=3, keepdim=True)[0] + x.min(dim=2)[0].unsqueeze(2)),
     "var": call(lambda x: x / (x.var((2, 3), keepdim=True) + 1).sqrt()),
-    "std": call(lambda x: (x - x.mean(2, True)) / x.std(2, keepdim=True)),
+    "std": call(lambda x: (x - x.mean(2, True)) / (x.std(2, keepdim=True) + 0.3)),
     "norm": call(lambda x: x / x.norm(dim=(2, 3), keepdim=True)),
     "vector norm": call(lambda x: x / torch.linalg.vector_norm(x, dim=2, keepdim=True)),
     "normalize rows": call(lambda x: F.normalize(x, dim=2)),
