@@ -16,15 +16,23 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 4 -m credit train configs/quickstart.yaml
   torchrun --nproc-per-node 2 -m credit forecast configs/quickstart.yaml --set trainer.parallelism.data=none
   credit score configs/quickstart.yaml
+  credit check parity my.yaml --ranks 4
   credit data stats my.yaml
+"""
+
+PARITY_EXAMPLES = """examples:
+  credit check parity configs/quickstart.yaml --ranks 3
+  torchrun --nproc-per-node 2 -m credit check parity configs/quickstart.yaml
+
+Exit code 0 if the sharded model is exact, 1 if it is not, 2 if it is refused or cannot be built.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; the exit code: 0, 2 for an error the user can mend (printed as a paragraph)."""
+    """Run one verb; the exit code: 0, 1 if a check fails, 2 for an error the user can mend (printed as a paragraph)."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.verb(arguments)
+        return arguments.verb(arguments) or 0
     except Exception as error:
         if not isinstance(error, _user_errors()):
             raise
@@ -32,7 +40,6 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"credit: error: {error}", file=sys.stderr, flush=True)
         return 2
-    return 0
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
@@ -57,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--ranks", type=int, default=None, help="with --dry-run: lay out this many ranks")
     _verb(verbs, "forecast", _forecast, "forecast the test period with the newest checkpoint, into forecast.zarr")
     _verb(verbs, "score", _score, "RMSE and ACC of forecast.zarr: a table, scores.csv, and pictures")
+    check = verbs.add_parser("check", help="check the sharded model against the plain one")
+    checks = check.add_subparsers(title="verbs", required=True, metavar="VERB")
+    parity = _verb(checks, "parity", _parity, "run the model sharded and plain, and compare outputs and gradients")
+    parity.add_argument("--ranks", type=int, default=None, help="domain ranks (default: trainer.parallelism.domain)")
+    parity.epilog, parity.formatter_class = PARITY_EXAMPLES, argparse.RawDescriptionHelpFormatter
     data = verbs.add_parser("data", help="make data, and statistics of data")
     kinds = data.add_subparsers(title="verbs", required=True, metavar="VERB")
     _verb(kinds, "stats", _stats, "write the normalisation statistics of the training period")
@@ -122,6 +134,28 @@ def _score(arguments: argparse.Namespace) -> None:
         print(f"no pictures: {error.name} is not installed (pip install 'credit-hpc[plots]')")
         return
     print(f"{plot_map(config, scores)} {plot_scores(config, scores)} {config.run / 'scores.csv'}")
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    from credit.launch.ranks import discover_ranks
+
+    if arguments.ranks is not None:
+        arguments.set = [*arguments.set, f"trainer.parallelism.domain={arguments.ranks}"]
+    if discover_ranks().source != "torchrun":
+        trainer = _load(arguments).trainer
+        ranks = trainer.parallelism.domain * trainer.parallelism.tensor
+        if ranks > 1:
+            from credit.launch.local import run_on_local_ranks
+
+            again = ["check", "parity", arguments.config, *(f"--set={change}" for change in arguments.set)]
+            return run_on_local_ranks(again, ranks, trainer.timeout)
+    from credit.launch.job import start_job
+    from credit.training.check import check_parity
+
+    with start_job(lambda: _load(arguments)) as job:
+        report = check_parity(job)
+        job.say(str(report))
+    return 0 if report.exact else 1
 
 
 def _stats(arguments: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from credit.domain_parallel.manager import (
     get_domain_parallel_manager,
     initialize_domain_parallel,
 )
+from credit.domain_parallel.parity import ParityReport, verify_parity
 from credit.domain_parallel.sharding import gather_tensor, shard_batch, shard_tensor
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "DomainParallelManager",
     "DomainParallelPeriodicConv2d",
     "HaloExchange",
+    "ParityReport",
     "convert_to_domain_parallel",
     "gather_tensor",
     "get_domain_parallel_manager",
@@ -43,4 +45,5 @@ __all__ = [
     "shard_batch",
     "shard_tensor",
     "validate_sharding_constraints",
+    "verify_parity",
 ]

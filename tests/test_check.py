@@ -1,0 +1,96 @@
+"""`credit check parity` as a user meets it: real processes, one paragraph, an exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from credit.cli import main
+from credit.domain_parallel import DomainParallelError, ParityReport
+from tests.stores import conf, dataset, write_zarr
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+DEADLINE_S = 120
+
+
+def check(*words: str, where: Path, torchrun: int = 0) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)] if torchrun else []
+    command = [sys.executable, *launcher, "-m", "credit", "check", "parity", *words]
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env["OMP_NUM_THREADS"] = "1"
+    return subprocess.run(command, env=env, cwd=where, capture_output=True, text=True, timeout=DEADLINE_S)
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    """Of a store with levels, of which no statistics have been made."""
+    raw = conf(tmp_path / "run", write_zarr(tmp_path / "s.zarr", dataset(levels=(500.0, 850.0))))
+    raw["data"].update(variables=["a", "c"], levels=[500, 850])
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_the_quickstart_is_exact_on_two_ranks_and_nothing_is_written(tmp_path) -> None:
+    done = check(str(QUICKSTART), "--ranks", "2", where=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "unet on 5 -> 3 random fields of 61 x 120" in done.stdout
+    assert "parity over 2 domain ranks, torch.float64: exact to 1e-09" in done.stdout
+    assert "parameter gradient        57" in done.stdout
+    assert done.stdout.count("parity over") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_of_ones_own_under_torchrun(config) -> None:
+    done = check(str(config), "--ranks", "2", where=config.parent, torchrun=2)
+    assert done.returncode == 0, done.stderr
+    assert "unet on 6 -> 3 random fields of 13 x 16" in done.stdout
+    assert done.stdout.count("parity over 2 domain ranks") == 1
+    assert not (config.parent / "run").exists()
+
+
+def test_a_missing_store_is_one_paragraph(config) -> None:
+    done = check(str(config), "--ranks=2", "--set", "data.path=nowhere.zarr", where=config.parent)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("credit: error: there is no nowhere.zarr (data.path") == 1
+    assert "the check needs the store for its grid and channels alone" in done.stderr
+
+
+def test_too_little_time_is_one_paragraph(config, capfd) -> None:
+    assert main(["check", "parity", str(config), "--ranks", "2", "--set", "trainer.timeout=0.2"]) == 2
+    assert "2 local ranks were not done in 0.2 s: give them longer" in capfd.readouterr().err
+
+
+def test_one_rank_says_that_nothing_is_cut(config, capsys) -> None:
+    assert main(["check", "parity", str(config)]) == 0
+    assert "parity on one rank (nothing is cut: plain is plain)" in capsys.readouterr().out
+
+
+def test_what_is_not_exact_exits_with_1(config, capsys, monkeypatch) -> None:
+    report = ParityReport(2, torch.float64, 1e-9, {"output 0": 0.5}, {}, "down.0", 0.25)
+    monkeypatch.setattr("credit.training.check.verify_parity", lambda *args, **kwargs: report)
+    assert main(["check", "parity", str(config)]) == 1
+    assert "They part first at down.0, whose output is off by 2.5e-01" in capsys.readouterr().out
+
+
+def test_a_refusal_exits_with_2(config, capsys, monkeypatch) -> None:
+    def refuse(*args, **kwargs) -> None:
+        raise DomainParallelError("down.0: torch.linalg.svd cannot be done")
+
+    monkeypatch.setattr("credit.training.check.verify_parity", refuse)
+    assert main(["check", "parity", str(config)]) == 2
+    assert capsys.readouterr().err == "credit: error: down.0: torch.linalg.svd cannot be done\n"
+
+
+def test_help_has_an_example(capsys) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["check", "parity", "--help"])
+    assert left.value.code == 0
+    assert "credit check parity configs/quickstart.yaml --ranks 3" in capsys.readouterr().out
