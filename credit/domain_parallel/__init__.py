@@ -16,6 +16,7 @@ from credit.domain_parallel.layers import (
     DomainParallelGroupNorm,
     DomainParallelInterpolate,
     DomainParallelPeriodicConv2d,
+    SharedHalo,
 )
 from credit.domain_parallel.manager import (
     DomainParallelError,
@@ -24,7 +25,7 @@ from credit.domain_parallel.manager import (
     initialize_domain_parallel,
 )
 from credit.domain_parallel.parity import ParityReport, verify_parity
-from credit.domain_parallel.sharding import gather_tensor, shard_batch, shard_tensor
+from credit.domain_parallel.sharding import gather_tensor, reshard_tensor, shard_batch, shard_tensor
 
 __all__ = [
     "DomainParallelConv2d",
@@ -38,10 +39,12 @@ __all__ = [
     "DomainParallelPeriodicConv2d",
     "HaloExchange",
     "ParityReport",
+    "SharedHalo",
     "convert_to_domain_parallel",
     "gather_tensor",
     "get_domain_parallel_manager",
     "initialize_domain_parallel",
+    "reshard_tensor",
     "shard_batch",
     "shard_tensor",
     "validate_sharding_constraints",

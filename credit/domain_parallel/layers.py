@@ -27,7 +27,7 @@ from credit.domain_parallel.manager import (
 from credit.domain_parallel.partition import Partition, TransposedWindow, Window
 from credit.domain_parallel.reshard import plain as plainly_cut
 from credit.domain_parallel.root import Border
-from credit.domain_parallel.rules.windows import CONV, conv_in_place, fetch, pads_of, per_axis
+from credit.domain_parallel.rules.windows import CONV, conv_in_place, fetch, pads_of, per_axis, share_halo
 from credit.domain_parallel.slab import Slab, inside_model, is_inside_model
 
 
@@ -278,6 +278,32 @@ class DomainParallelPeriodicConv2d(DomainParallelLayer):
             return super().on_slab(x, *args, **kwargs)
         rows, target = found
         return x.like(conv(F.pad(rows, (pad, pad, 0, 0), mode="circular")), partition=target)
+
+
+class SharedHalo(DomainParallelLayer):
+    """A module whose convolutions all read its input, as the parallel kernels of CrossFormer's embedding do.
+
+    One exchange of what the largest reads serves them all. Give the type to `custom_converters`:
+
+        convert_to_domain_parallel(model, manager, custom_converters={CrossEmbedLayer: SharedHalo})
+    """
+
+    @property
+    def _spatial_axes(self) -> int:
+        return -self.shard_dim
+
+    def on_slab(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, Slab):
+            windows = []
+            for conv in self.modules():
+                if isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d) and conv.padding_mode == "zeros":
+                    axis = x.cut - (x.ndim - len(conv.kernel_size))
+                    before, after = (pads[axis] for pads in pads_of(conv.padding, conv.kernel_size, conv.dilation))
+                    k, s, d = conv.kernel_size[axis], conv.stride[axis], conv.dilation[axis]
+                    windows.append(Window(k, s, d, before, after))
+            x = x.like(x.local)  # the rows are shared here alone
+            share_halo(x, windows)
+        return super().on_slab(x, *args, **kwargs)
 
 
 class DomainParallelGroupNorm(DomainParallelLayer):

@@ -152,6 +152,24 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Span:
+    """All rows from the first to the last that several windows with as many output rows read: one exchange for all."""
+
+    windows: tuple[Window, ...]
+
+    def out_length(self, length: int) -> int:
+        return self.windows[0].out_length(length)
+
+    def start(self, out: Sequence[int]) -> int:
+        """The first row of the span, counted from the first of the field; negative past its edge."""
+        return min(out[0] * window.stride - window.before for window in self.windows)
+
+    def needs(self, out: Sequence[int], length: int) -> list[int | None]:
+        stop = max(out[-1] * window.stride - window.before + window.reach for window in self.windows)
+        return [row if 0 <= row < length else None for row in range(self.start(out), stop)]
+
+
+@dataclass(frozen=True)
 class Halo:
     """Of what a `Window` reads, only the `before` rows above and the `after` rows below the output rows' own."""
 

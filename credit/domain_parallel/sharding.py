@@ -10,6 +10,8 @@ from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.lengths import global_length
 from credit.domain_parallel.manager import DomainParallelManager, get_domain_parallel_manager
 from credit.domain_parallel.partition import Everything, Partition, PartitionError, make_plan
+from credit.domain_parallel.reshard import reshard
+from credit.domain_parallel.slab import Slab
 
 
 def _manager_or_global(manager: DomainParallelManager | None) -> DomainParallelManager | None:
@@ -49,6 +51,32 @@ def gather_tensor(x: Tensor, dim: int = -2, manager: DomainParallelManager | Non
     parts = manager.domain_world_size
     plan = make_plan(Everything(), Partition(length, parts), manager.domain_rank, Partition(parts, parts))
     return exchange(x, plan, dim, manager)
+
+
+def reshard_tensor(x: Tensor, dim: int, new_dim: int, manager: DomainParallelManager | None = None) -> Tensor:
+    """The shard of the same global tensor cut along another axis: the all-to-all transpose. Differentiable.
+
+    For transforms along the sharded axis, as the Legendre transform along latitudes:
+
+        columns = reshard_tensor(x, -2, -1)                   # every rank: all latitudes of some longitudes
+        y = reshard_tensor(transform(columns), -1, -2)
+
+    Args:
+        x: this rank's shard, cut along `dim`.
+        dim, new_dim: the axis that is cut, and the one to be cut; the latter whole in `x`.
+        manager: defaults to the global one; without any, or with one domain rank, `x` is returned.
+
+    Raises:
+        PartitionError: on every rank, if `new_dim` is shorter than the number of ranks.
+    """
+    manager = _manager_or_global(manager)
+    if manager is None:
+        return x
+    dim, new_dim, parts = dim % x.ndim, new_dim % x.ndim, manager.domain_world_size
+    if x.shape[new_dim] < parts:
+        raise PartitionError(f"cannot cut axis {new_dim} of length {x.shape[new_dim]} over {parts} domain ranks")
+    length = global_length(x.shape[dim], manager, "reshard_tensor")
+    return reshard(Slab(x, dim, Partition(length, parts), manager), new_dim).local
 
 
 def shard_batch(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager
-from credit.domain_parallel.partition import Partition
+from credit.domain_parallel.partition import Partition, Span
 
 RULES: dict[Any, Callable[..., Any]] = {}
 """What a torch function does when one of its arguments is a slab."""
@@ -57,11 +57,13 @@ class Slab(torch.Tensor):
         cut: the axis that is cut, counted from the front.
         partition: how it is cut.
         manager: the domain group that shares the tensor.
+        shared: rows fetched for several windows at once, see `share_halo`.
     """
 
     cut: int
     partition: Partition
     manager: DomainParallelManager
+    shared: tuple[Span, Tensor] | None
     _local: Tensor
     _source: tuple[Tensor, int] | None
 
@@ -75,7 +77,7 @@ class Slab(torch.Tensor):
             cls, shape, dtype=local.dtype, device=local.device, requires_grad=local.requires_grad
         )
         self._local, self.cut, self.partition, self.manager = local, cut, partition, manager
-        self._source = None
+        self._source = self.shared = None
         return self
 
     @property

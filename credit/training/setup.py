@@ -62,7 +62,7 @@ def prepare_model(job: Job, fields: Fields) -> nn.Module:
 def _refuse_unequal_weights(model: nn.Module) -> None:
     digest = hashlib.blake2b(digest_size=8)
     for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     digests = gather_objects(digest.hexdigest())
     if len(set(digests)) > 1:
         odd = [rank for rank, one in enumerate(digests) if one != digests[0]]

@@ -5,13 +5,15 @@ Heights are those of the global field. A case that torch itself refuses at some 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from credit.models.attention import AxialAttention, GlobalAttention, WindowAttention
+from credit.models.sphere import pad_on_sphere
 
 C, W = 4, 6
 
@@ -42,55 +44,6 @@ class Tokens(nn.Module):
         return y.transpose(1, 2).reshape(b, -1, h, w)
 
 
-class Windows(nn.Module):
-    """Softmax attention in windows of the global grid, shifted or dilated, padded where they do not divide."""
-
-    def __init__(self, window: int, shift: int = 0, dilated: bool = False) -> None:
-        super().__init__()
-        self.window, self.shift, self.dilated = window, shift, dilated
-        self.qkv = nn.Linear(C, 3 * C)
-        self.bias = nn.Parameter(torch.randn(window * window, window * window))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        b, h, w, c = x.shape
-        n = self.window
-        x = F.pad(x, (0, 0, 0, -w % n, 0, -h % n))
-        if self.shift:
-            x = torch.roll(x, (-self.shift, -self.shift), (1, 2))
-        rows, columns = x.shape[1], x.shape[2]
-        if self.dilated:
-            t = x.view(b, n, rows // n, n, columns // n, c).permute(0, 2, 4, 1, 3, 5)
-        else:
-            t = x.view(b, rows // n, n, columns // n, n, c).permute(0, 1, 3, 2, 4, 5)
-        t = t.reshape(-1, n * n, c)
-        q, k, v = self.qkv(t).chunk(3, -1)
-        t = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(c) + self.bias, -1) @ v
-        t = t.view(b, rows // n, columns // n, n, n, c)
-        t = t.permute(0, 3, 1, 4, 2, 5) if self.dilated else t.permute(0, 1, 3, 2, 4, 5)
-        x = t.reshape(b, rows, columns, c)
-        if self.shift:
-            x = torch.roll(x, (self.shift, self.shift), (1, 2))
-        return x[:, :h, :w].permute(0, 3, 1, 2)
-
-
-class Axial(nn.Module):
-    """Attention along one axis at a time."""
-
-    def __init__(self, axis: int) -> None:
-        super().__init__()
-        self.axis = axis
-        self.attention = nn.MultiheadAttention(C, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.movedim(1, -1)
-        y = y.transpose(1, 2) if self.axis == 2 else y
-        t = y.flatten(0, 1)
-        t = self.attention(t, t, t, need_weights=False)[0].view(y.shape)
-        t = t.transpose(1, 2) if self.axis == 2 else t
-        return t.movedim(-1, 1)
-
-
 class Sdpa(nn.Module):
     def __init__(self, causal: bool = False) -> None:
         super().__init__()
@@ -101,13 +54,6 @@ class Sdpa(nn.Module):
         b, n, c = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).reshape(b, n, c)
-
-
-def across_poles(x: Tensor) -> Tensor:
-    """One row beyond each pole: the row next to it, 180 degrees further."""
-    half = x.shape[-1] // 2
-    north, south = x[..., :1, :].roll(half, -1), x[..., -1:, :].roll(half, -1)
-    return torch.cat([north, x, south], -2)
 
 
 def squeeze_excite(x: Tensor) -> Tensor:
@@ -268,8 +214,8 @@ OPERATORS: dict[str, Callable[[], nn.Module]] = {
     "replication pad": lambda: nn.ReplicationPad2d((1, 1, 0, 3)),
     "circular pad": lambda: nn.CircularPad2d(2),
     "constant pad": lambda: nn.ConstantPad2d(1, 2.5),
-    "across poles": call(across_poles),
-    "across poles conv": lambda: nn.Sequential(Call(across_poles), nn.Conv2d(C, C, 3)),
+    "across poles": call(lambda x: pad_on_sphere(x, 1, 0)),
+    "across poles conv": lambda: nn.Sequential(Call(lambda x: pad_on_sphere(x, 2, 2)), nn.Conv2d(C, C, 5)),
     "group norm": lambda: nn.GroupNorm(2, C),
     "group norm plain": lambda: nn.GroupNorm(C, C, affine=False),
     "batch norm": lambda: nn.Sequential(nn.BatchNorm2d(C), nn.Conv2d(C, C, 3, padding=1)),
@@ -352,14 +298,14 @@ OPERATORS: dict[str, Callable[[], nn.Module]] = {
     "spectral": call(spectral_mix),
     "cosine similarity": call(lambda x: x * F.cosine_similarity(x, x.cos(), dim=1).unsqueeze(1)),
     "loss inside": call(lambda x: x * F.mse_loss(x, x.cos())),
-    "windows": lambda: Windows(2),
-    "windows 3": lambda: Windows(3),
-    "windows shifted": lambda: Windows(4, shift=2),
-    "windows dilated": lambda: Windows(2, dilated=True),
-    "windows dilated 3": lambda: Windows(3, dilated=True),
-    "axial rows": lambda: Axial(2),
-    "axial columns": lambda: Axial(3),
-    "global attention": lambda: Tokens(nn.MultiheadAttention(C, 2, batch_first=True)) if False else Tokens(Sdpa()),
+    "windows": lambda: WindowAttention(C, 2, 2),
+    "windows 3": lambda: WindowAttention(C, 2, 3),
+    "windows shifted": lambda: WindowAttention(C, 1, 4, shift=2),
+    "windows dilated": lambda: WindowAttention(C, 2, 2, dilated=True),
+    "windows dilated 3": lambda: WindowAttention(C, 2, 3, shift=1, dilated=True),
+    "axial rows": lambda: AxialAttention(C, 2, -2),
+    "axial columns": lambda: AxialAttention(C, 2, -1),
+    "global attention": lambda: GlobalAttention(C, 2),
     "causal attention": lambda: Tokens(Sdpa(causal=True)),
     "encoder layer": lambda: Tokens(nn.TransformerEncoderLayer(C, 2, 8, dropout=0.0, batch_first=True)),
     "mha weights": lambda: Tokens(_SelfAttention()),

@@ -36,8 +36,17 @@ def rows_of(x: Tensor, dim: int) -> Tensor:
     return shard_tensor(x, dim, manager()) if x.shape[dim] >= dist.get_world_size() else x
 
 
+def _two(build: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, nn.Module]:
+    """Two equal models; old-style weight_norm cannot be copied."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(seed)
+        models.append(build())
+    return models[0], models[1]
+
+
 def errors(
-    model: nn.Module,
+    model: nn.Module | Callable[[], nn.Module],
     shape: tuple[int, ...],
     convert: Convert = convert_to_domain_parallel,
     dtype: torch.dtype = torch.float64,
@@ -48,9 +57,9 @@ def errors(
 
     The cotangent is random: a mean would have near-uniform gradients, which hide misplaced rows.
     """
+    plain, twin = (model, copy.deepcopy(model)) if isinstance(model, nn.Module) else _two(model, seed)
+    plain, sharded = plain.to(dtype), convert(twin.to(dtype), manager())
     torch.manual_seed(seed)
-    plain = model.to(dtype)
-    sharded = convert(copy.deepcopy(plain), manager())
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
     torch.manual_seed(seed + 1)  # what a model draws, both draw
     y = plain(x)

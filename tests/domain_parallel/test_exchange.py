@@ -145,3 +145,52 @@ def test_bytes_on_the_wire_are_the_rows_the_operator_needs(worlds, kernel, strid
 def test_a_world_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="world_size 6 is not a multiple of domain_parallel_size 4"):
         DomainParallelManager(6, 4)
+
+
+class _SumOfParts(torch.autograd.Function):
+    """A whole tensor enters: its gradient is the sum of the ranks' parts."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def gradcheck_passes(operator, length: int) -> bool:
+    """All ranks step through the numerical derivative of the whole in the same order."""
+    group = manager()
+    plan = make_plan(operator, Partition(length, group.domain_world_size), group.domain_rank)
+
+    def whole(x: torch.Tensor) -> torch.Tensor:
+        y = exchange(shard_tensor(_SumOfParts.apply(x), 0, group), plan, 0, group)
+        mine = y.sin().sum()
+        return _Total.apply(mine)
+
+    torch.manual_seed(0)
+    return torch.autograd.gradcheck(whole, torch.randn(length, 2, dtype=torch.float64, requires_grad=True))
+
+
+class _Total(torch.autograd.Function):
+    """The sum over ranks, on every rank; each rank's cotangent is the whole one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+@pytest.mark.parametrize(
+    "operator", [Window(3, 1, 1, 1, 1), Window(5, 2, 1, 2, 2, "reflect"), TransposedWindow(4, 2, 1, 1)]
+)
+def test_gradcheck(worlds, operator) -> None:
+    assert all(worlds(3).run(gradcheck_passes, operator, 11))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from credit.domain_parallel.halo_conv import Geometry, halo_conv, keeps_rows
 from credit.domain_parallel.halo_exchange import exchange
-from credit.domain_parallel.partition import Partition, TransposedWindow, Window, make_plan
+from credit.domain_parallel.partition import Partition, Span, TransposedWindow, Window, make_plan
 from credit.domain_parallel.reshard import other_axis, reshard, whole
 from credit.domain_parallel.slab import Slab, parts_of, rank_of, refuse, rule
 
@@ -68,9 +68,7 @@ def conv(
     if list(before) == list(after) and keeps_rows(window, input.partition):
         geometry = (stride, list(before), dilation, groups)
         return conv_in_place(input, weight, bias, geometry, window)
-    target = Partition(out, parts_of(input))
-    plan = make_plan(window, input.partition, rank_of(input), target)
-    x = exchange(input.local, plan, input.cut, input.manager)
+    x, target = fetch(input, window)
     before, after = with_axis(before, axis, 0), with_axis(after, axis, 0)
     if before != after:
         x = F.pad(x, [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair])
@@ -99,13 +97,29 @@ def pads_of(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tup
 
 def fetch(x: Slab, window: Window, fill: float = 0.0) -> tuple[Tensor, Partition] | None:
     """The rows that `window` reads for this rank's output rows; None if there are fewer of these than ranks."""
-    length = x.shape[x.cut]
-    out = window.out_length(length)
+    out = window.out_length(x.shape[x.cut])
     if out < parts_of(x):
         return None
     target = Partition(out, parts_of(x))
+    if fill == 0 and x.shared is not None and window in x.shared[0].windows:
+        span, rows = x.shared
+        mine = target.indices(rank_of(x))
+        first = mine[0] * window.stride - window.before - span.start(mine)
+        return rows.narrow(x.cut, first, (len(mine) - 1) * window.stride + window.reach), target
     plan = make_plan(window, x.partition, rank_of(x), target)
     return exchange(x.local, plan, x.cut, x.manager, fill), target
+
+
+def share_halo(x: Slab, windows: Sequence[Window]) -> None:
+    """Fetch at once what all of these windows read; `fetch` then needs no message for any of them.
+
+    Windows must have as many output rows as one another, and zeros past the edges.
+    """
+    outs = {window.out_length(x.shape[x.cut]) for window in windows}
+    if len(outs) == 1 and min(outs) >= parts_of(x) and all(window.mode == "zeros" for window in windows):
+        span = Span(tuple(windows))
+        plan = make_plan(span, x.partition, rank_of(x), Partition(outs.pop(), parts_of(x)))
+        x.shared = span, exchange(x.local, plan, x.cut, x.manager)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
