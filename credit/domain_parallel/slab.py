@@ -89,8 +89,13 @@ class Slab(torch.Tensor):
                 a slice of a tensor that was changed since.
         """
         with torch._C.DisableTorchFunctionSubclass():
-            if _local_grad_fn(self) is not None:
-                refuse("a custom torch.autograd.Function", "its backward does not know of the rows on other ranks")
+            function = _local_grad_fn(self)
+            if function is not None:
+                name = function.name().removesuffix("Backward")
+                refuse(
+                    f"a custom torch.autograd.Function, {name}, met before this line,",
+                    "its backward does not know of the rows on other ranks",
+                )
             if self._source is not None and self._source[0]._version != self._source[1]:
                 refuse("a slice of a tensor that was then changed in place", "it holds the rows from before")
         return self._local
@@ -125,6 +130,10 @@ class Slab(torch.Tensor):
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
             return f"Slab({list(self.shape)}, axis {self.cut} cut as {self.partition.sizes}, {self._local!r})"
+
+
+# opt_einsum picks the functions it calls by the name of the tensor's module.
+Slab.__module__ = "torch"
 
 
 class _Opened(NamedTuple):

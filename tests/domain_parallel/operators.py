@@ -276,6 +276,7 @@ OPERATORS: dict[str, Callable[[], nn.Module]] = {
     "split": call(lambda x: torch.cat([part.cumsum(1) for part in x.split(2, 1)], 1)),
     "chunk rows": call(lambda x: torch.cat([part * (i + 1) for i, part in enumerate(x.chunk(3, 2))], 2)),
     "set columns": call(lambda x: _set_columns(x)),
+    "set rows": call(lambda x: _set_rows(x)),
     "repeat": call(lambda x: x.repeat(1, 1, 2, 1)),
     "repeat interleave": call(lambda x: x.repeat_interleave(2, 2) + F.interpolate(x, scale_factor=(2, 1))),
     "flatten": call(lambda x: x.flatten(2).cumsum(1).unflatten(2, x.shape[2:])),
@@ -291,6 +292,8 @@ OPERATORS: dict[str, Callable[[], nn.Module]] = {
     "matmul rows": call(lambda x: torch.matmul(_square(x.shape[2], x), x)),
     "matmul gram": call(lambda x: x + (x.transpose(2, 3) @ x).mean((2, 3), keepdim=True)),
     "einsum channels": call(lambda x: torch.einsum("bchw,dc->bdhw", x, torch.ones(3, C, dtype=x.dtype).cumsum(1))),
+    "tensordot": call(lambda x: torch.tensordot(x, _square(x.shape[2], x), ([2], [0])).movedim(-1, 2)),
+    "tensordot all": call(lambda x: x + torch.tensordot(x, x.cos(), ([0, 2, 3], [0, 2, 3])).sum()),
     "einsum rows": call(lambda x: torch.einsum("bchw,hk->bckw", x, _square(x.shape[2], x))),
     "einsum outer": call(lambda x: torch.einsum("bchw,bckw->bchk", x, x)),
     "fft width": call(lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=-1) * 1j, n=x.shape[-1], dim=-1)),
@@ -340,6 +343,15 @@ def _set_columns(x: Tensor) -> Tensor:
     y = torch.zeros_like(x)
     y[..., :3] = x[..., 3:] * 2
     y[:, 1:, :, 4] = x[:, :-1, :, 0]
+    return y
+
+
+def _set_rows(x: Tensor) -> Tensor:
+    y = x * 1
+    y[:, :, 0] = 0
+    y[:, :, -1] = x[:, :, 0] * 2
+    y[:, :, 1:-2] = x[:, :, 2:-1] + y[:, :, 1:-2]
+    y[:, 0, ::2, 1:] = torch.ones(W - 1, dtype=x.dtype)
     return y
 
 

@@ -12,7 +12,7 @@ from credit.domain_parallel.slab import RULES, Slab, refuse, rule, torch_functio
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta")
 _ATTRIBUTES += ("is_sparse", "is_quantized", "is_mkldnn", "is_nested", "is_mps", "is_xpu", "itemsize", "nbytes")
 _METHODS = ("size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "element_size")
-_METHODS += ("get_device", "__len__", "is_inference", "is_signed", "stride", "storage_offset", "type")
+_METHODS += ("get_device", "__len__", "is_inference", "is_signed", "stride", "storage_offset")
 
 for _name in _ATTRIBUTES:
     _getter = getattr(torch.Tensor, _name).__get__
@@ -30,6 +30,12 @@ for _name in ("grad_fn", "is_leaf", "_base"):
 @rule("is_contiguous")
 def is_contiguous(x: Slab, *args: Any, **kwargs: Any) -> bool:
     return x.local.is_contiguous(*args, **kwargs)
+
+
+@rule("Tensor.type")
+def type_(x: Slab, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    kind = x.local.type() if dtype is None else x.local.type(dtype, *args, **kwargs)
+    return kind if isinstance(kind, str) else x.like(kind)
 
 
 @rule("is_conj", "is_neg")

@@ -64,6 +64,20 @@ def einsum(equation: Any, *operands: Any) -> Any:
     return contract(lambda *xs: torch.einsum(f"{','.join(letters)}->{out}", *xs), list(operands), letters, out)
 
 
+@rule("tensordot")
+def tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: None = None) -> Any:
+    if isinstance(dims, int):
+        dims = (range(a.ndim - dims, a.ndim), range(dims))
+    of_a, of_b = list(string.ascii_lowercase[: a.ndim]), list(string.ascii_uppercase[: b.ndim])
+    pairs = [(i % a.ndim, j % b.ndim) for i, j in zip(*dims, strict=True)]
+    for i, j in pairs:
+        of_b[j] = of_a[i]
+    kept_a = [c for i, c in enumerate(of_a) if i not in [i for i, _ in pairs]]
+    kept_b = [c for j, c in enumerate(of_b) if j not in [j for _, j in pairs]]
+    left, right, out_letters = "".join(of_a), "".join(of_b), "".join(kept_a + kept_b)
+    return einsum(f"{left},{right}->{out_letters}", a, b)
+
+
 @rule("F.linear")
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if isinstance(weight, Slab) or isinstance(bias, Slab):

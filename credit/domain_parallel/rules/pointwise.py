@@ -105,7 +105,11 @@ def in_place(func: Any) -> Any:
 def writable(target: Slab, call: str) -> None:
     """Refuse to write to a slice whose rows are copies: torch would change the tensor it was cut from, too."""
     if target._source is not None:
-        refuse(f"{call} on a slice", "its rows are copies, and the tensor it was cut from would not change")
+        refuse(
+            f"{call} on a slice",
+            "its rows are copies, and the tensor it was cut from would not change",
+            "Assign to the tensor instead: x[rows] = x[rows] + y.",
+        )
 
 
 def updated(target: Slab) -> Slab:
