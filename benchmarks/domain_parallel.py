@@ -1,12 +1,16 @@
 """Time, bytes and memory of a model on shards against the plain model, alternated in one run. Prints a table.
 
-    python benchmarks/domain_parallel.py --ranks 2 --case unet convnext conv
-    python benchmarks/domain_parallel.py --ranks 2 --case conv --variant padded added
+    python benchmarks/domain_parallel.py --ranks 2 4
+    python benchmarks/domain_parallel.py --case conv --variant added padded dtensor --forward
 
 One thread a rank. "x plain" is the step time of the sharded model times the ranks, over the plain model's: 1.00 is
-perfect where ranks have cores of their own. The plain model is timed twice: alone on the machine, and on every
-rank at once, when it shares memory bandwidth and caches as the sharded ranks do. Memory is that of the tensors saved for
-the backward, counted exactly.
+perfect where ranks have cores of their own. The plain model is timed twice: alone on the machine, and on every rank at
+once, when it shares memory bandwidth and caches as the sharded ranks do. Memory is that of the tensors kept for the
+backward, counted exactly: storages of distinct tensors, parameters aside.
+
+Variants: "added" adds what the halo contributes to the convolution of the local rows, "padded" attaches the halo to a
+copy of the shard, "dtensor" is torch's own DTensor, cut along longitude, which is the axis that its convolution has
+halos for. With torch 2.13 the backward of that stops with an error on the CPU, so compare it with --forward.
 """
 
 from __future__ import annotations
@@ -24,8 +28,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
 from credit.domain_parallel import DomainParallelManager, convert_to_domain_parallel, layers, shard_tensor
+from credit.domain_parallel.manager import Traffic
 from credit.domain_parallel.rules import windows
 from credit.models import DOMAIN_CONVERTERS
 from credit.models.unet import UNet
@@ -43,33 +49,27 @@ class ConvNeXtBlock(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(self.mix(x)))))
 
 
-def conv() -> nn.Module:
-    return nn.Conv2d(32, 32, 3, padding=1)
-
-
-def convnext() -> nn.Module:
-    return nn.Sequential(*[ConvNeXtBlock(16) for _ in range(3)])
-
-
-def unet() -> nn.Module:
-    return UNet(8, 8, (361, 720), width=16, levels=2)
-
-
-ADDED = windows.keeps_rows
-
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "conv": (conv, (1, 32, 361, 720)),
-    "convnext": (convnext, (1, 16, 361, 360)),
-    "unet": (unet, (1, 8, 361, 720)),
+    "conv": (lambda: nn.Conv2d(32, 32, 3, padding=1), (1, 32, 361, 720)),
+    "convnext": (lambda: nn.Sequential(*[ConvNeXtBlock(16) for _ in range(3)]), (1, 16, 361, 360)),
+    "unet": (lambda: UNet(8, 8, (361, 720), width=16, levels=2), (1, 8, 361, 720)),
 }
+KEEPS_ROWS = windows.keeps_rows
 
 
-def step(model: nn.Module, x: Tensor) -> None:
+Step = Callable[[nn.Module, Tensor], None]
+
+
+def train(model: nn.Module, x: Tensor) -> None:
     model(x).square().mean().backward()
 
 
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes of the distinct tensors kept for the backward, parameters aside."""
+def forward(model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        model(x)
+
+
+def kept_bytes(model: nn.Module, x: Tensor) -> int:
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -80,7 +80,7 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = model(x)
+        y = model(x)  # held until counted, so that no storage is used twice
     total = sum(kept.values())
     del y
     return total
@@ -94,67 +94,77 @@ def timed(function: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def measure(rank: int, ranks: int, store: str, cases: list[str], variants: list[str], repeats: int) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    manager = DomainParallelManager(ranks, ranks)
-    for case in cases:
-        build, shape = CASES[case]
-        torch.manual_seed(0)
-        plain = build()
-        x = torch.randn(shape)
-        shard = shard_tensor(x, -2, manager)
-        sharded = convert_to_domain_parallel(copy.deepcopy(plain), manager, custom_converters=DOMAIN_CONVERTERS)
-        for variant in variants:
-            windows.keeps_rows = layers.keeps_rows = ADDED if variant == "added" else (lambda *unused: False)
-            _table_row(case, variant, plain, sharded, x, shard, manager, repeats)
-    dist.destroy_process_group()
+def variant_of(name: str, plain: nn.Module, x: Tensor, manager: DomainParallelManager) -> tuple[nn.Module, Tensor]:
+    """The sharded model and its input."""
+    if name == "dtensor":
+        mesh = dist.init_device_mesh("cpu", (manager.domain_world_size,))
+        return distribute_module(copy.deepcopy(plain), mesh), distribute_tensor(x, mesh, [Shard(3)])
+    windows.keeps_rows = layers.keeps_rows = KEEPS_ROWS if name == "added" else lambda *unused: False
+    model = convert_to_domain_parallel(copy.deepcopy(plain), manager, custom_converters=DOMAIN_CONVERTERS)
+    return model, shard_tensor(x, -2, manager)
 
 
-def _table_row(
-    case: str,
-    variant: str,
-    plain: nn.Module,
-    sharded: nn.Module,
-    x: Tensor,
-    shard: Tensor,
-    manager: DomainParallelManager,
-    repeats: int,
-) -> None:
+def row(case: str, variant: str, manager: DomainParallelManager, repeats: int, step: Step) -> None:
     ranks, rank = manager.domain_world_size, manager.domain_rank
-    x, shard = x.requires_grad_(), shard.requires_grad_()
+    build, shape = CASES[case]
+    torch.manual_seed(0)
+    plain, x = build(), torch.randn(shape, requires_grad=True)
+    sharded, shard = variant_of(variant, plain, x.detach(), manager)
+    shard = shard.requires_grad_()
     step(sharded, shard)
-    manager.traffic.reset()
+    manager.traffic = Traffic()
     step(sharded, shard)
-    sent = manager.traffic.bytes
     times: dict[str, list[float]] = {"alone": [], "crowd": [], "sharded": []}
     for _ in range(repeats):
         times["alone"].append(timed(lambda: step(plain, x) if rank == 0 else None))
         times["crowd"].append(timed(lambda: step(plain, x)))
         times["sharded"].append(timed(lambda: step(sharded, shard)))
-    memory = saved_bytes(plain, x), saved_bytes(sharded, shard)
+    whole = kept_bytes(plain, x)
+    kept = kept_bytes(sharded, shard) * ranks / whole if variant != "dtensor" else float("nan")
+    sent = manager.traffic.bytes / 1e6 if variant != "dtensor" else float("nan")
     if rank == 0:
         alone, crowd, ours = (statistics.median(times[name]) for name in ("alone", "crowd", "sharded"))
         print(
-            f"{case:9s} {variant:7s} {ranks} ranks  plain {alone:6.3f} s ({crowd:6.3f} s beside others)  sharded {ours:6.3f} s"
-            f"  = {ours * ranks / alone:4.2f} x plain ({ours * ranks / crowd:4.2f} x beside others)"
-            f"  sent {sent / 1e6:6.2f} MB  kept {memory[1] / 1e6:6.1f} of {memory[0] / 1e6:6.1f} MB"
-            f" = {memory[1] * ranks / memory[0]:4.2f} / ranks",
+            f"{case:9s} {variant:8s} {ranks:5d}  {alone:9.3f} {crowd:9.3f} {ours:9.3f}  {ours * ranks / alone:9.2f}"
+            f" {ours * ranks / crowd:9.2f}  {sent:8.2f}  {kept:7.2f}",
             flush=True,
         )
+
+
+def measure(rank: int, ranks: int, store: str, cases: list[str], variants: list[str], repeats: int, step: Step) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    manager = DomainParallelManager(ranks, ranks)
+    for case in cases:
+        for variant in variants:
+            if variant != "dtensor" or case == "conv":
+                row(case, variant, manager, repeats, step)
+    dist.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2])
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--variant", nargs="+", default=["added"], choices=["added", "padded"])
+    parser.add_argument("--variant", nargs="+", default=["added"], choices=["added", "padded", "dtensor"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--forward", action="store_true", help="time the forward alone")
     args = parser.parse_args()
+    print(
+        "                           plain    plain,            sharded x ranks /             kept x\n"
+        "case      variant  ranks    alone, s beside, s sharded, s  alone    beside   MB sent  ranks / plain"
+    )
     for ranks in args.ranks:
         with tempfile.TemporaryDirectory() as folder:
-            arguments: Any = (ranks, f"{folder}/store", args.case, args.variant, args.repeats)
+            arguments: Any = (
+                ranks,
+                f"{folder}/store",
+                args.case,
+                args.variant,
+                args.repeats,
+                forward if args.forward else train,
+            )
             mp.spawn(measure, arguments, nprocs=ranks)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from credit.domain_parallel.layers import (
     become,
 )
 from credit.domain_parallel.manager import DomainParallelManager
+from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.root import Border
 
 logger = logging.getLogger(__name__)
@@ -162,47 +163,70 @@ def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> Non
                 _replace_module(parent, name, old, new)
 
 
-def validate_sharding_constraints(model: nn.Module, local_h: int, window_sizes: list[int] | None = None) -> list[str]:
-    """Check that the rows of a rank hold whole attention windows at every level of an encoder.
+def validate_sharding_constraints(
+    model: nn.Module, local_h: int | Sequence[int], window_sizes: list[int] | None = None
+) -> list[str]:
+    """Check that a rank holds whole strides and whole attention windows at every level of an encoder.
 
-    Level i works on local_h divided by the strides of the first i + 1 strided convolutions (those side by side
-    in one ModuleList, as in a cross-scale embedding, count once).
+    Where it does not, the numbers are right all the same: rows are exchanged so that windows are whole, which
+    costs messages. This tells where.
 
     Args:
-        model: looked through for strided convolutions, and for `window_size` attributes.
-        local_h: rows per rank.
-        window_sizes: rows of the windows at each level; None takes those found in the model.
+        model: looked through, in the order of its modules, for strided convolutions (those side by side in one
+            ModuleList, as in a cross-scale embedding, count once) and for modules with a `window_size` or `window`.
+            Strides hidden in slices (Swin's patch merging) are not seen: give `window_sizes`.
+        local_h: rows of every rank, or the rows of each, where they are uneven.
+        window_sizes: rows of the windows, the i-th after i + 1 strides; None takes those found in the model.
 
     Returns:
         One warning a level that does not fit; empty if all do.
     """
-    strides = _encoder_strides(model)
-    if window_sizes is None:
-        window_sizes = _window_sizes(model)
+    heights = [local_h] if isinstance(local_h, int) else list(local_h)
+    levels = _levels(model)
+    if window_sizes is not None:
+        strides = [stride for stride, _ in levels]
+        levels = [(strides[min(i, len(strides) - 1)], [window]) for i, window in enumerate(window_sizes)]
     warnings = []
-    for level, window in enumerate(window_sizes):
-        total = 1
-        for stride in strides[: level + 1]:
-            total *= stride
-        if local_h % total:
-            warnings.append(f"level {level}: {local_h} local rows do not divide by the encoder's stride of {total}")
-        elif (local_h // total) % window:
-            warnings.append(f"level {level}: {local_h // total} local rows do not divide into windows of {window} rows")
+    for level, (stride, windows) in enumerate(levels):
+        odd = [rows for rows in heights if rows % stride]
+        if odd:
+            warnings.append(
+                f"level {level}: {_listed(odd)} local rows do not divide by the encoder's stride of {stride}"
+            )
+            continue
+        rows_here = Partition(sum(heights) // stride, len(heights)).sizes
+        for window in windows:
+            odd = sorted({rows for rows in rows_here if rows % window})
+            if odd:
+                text = f"level {level}: {_listed(odd)} local rows do not divide into windows of {window} rows"
+                warnings.append(text)
     return warnings
 
 
-def _encoder_strides(model: nn.Module) -> list[int]:
-    strides: list[int] = []
+def _listed(numbers: Sequence[int]) -> str:
+    return " and ".join(map(str, sorted(set(numbers))))
+
+
+def _levels(model: nn.Module) -> list[tuple[int, list[int]]]:
+    """(rows of the input that make one row, heights of the windows) for each level, in the order of the modules."""
+    levels: list[tuple[int, list[int]]] = [(1, [])]
     counted: set[nn.Module] = set()
-    for parent in model.modules():
-        convs = [child for child in parent.children() if isinstance(child, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
-        strided = [conv for conv in convs if conv.stride[max(len(conv.stride) - 2, 0)] > 1 and conv not in counted]
-        counted.update(strided)
-        along_h = [conv.stride[max(len(conv.stride) - 2, 0)] for conv in strided]
-        strides += along_h[:1] if isinstance(parent, nn.ModuleList) else along_h
-    return strides
+    for module in model.modules():
+        window = getattr(module, "window_size", getattr(module, "window", None))
+        if isinstance(window, int | list | tuple):
+            height = window if isinstance(window, int) else window[0]
+            if height not in levels[-1][1]:
+                levels[-1][1].append(height)
+        if isinstance(module, nn.ModuleList):
+            counted.update([child for child in module if _stride(child) > 1][1:])
+        if _stride(module) > 1 and module not in counted:
+            levels.append((levels[-1][0] * _stride(module), []))
+    # What comes before the first stride is a level of its own only if it has windows.
+    return levels if levels[0][1] or len(levels) == 1 else levels[1:]
 
 
-def _window_sizes(model: nn.Module) -> list[int]:
-    found = [getattr(module, "window_size", None) for module in model.modules()]
-    return [size[0] if isinstance(size, list | tuple) else size for size in found if size is not None]
+def _stride(module: nn.Module) -> int:
+    """Rows of the input to a row of the output of a convolution; 1 for any other module."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return 1
+    return module.stride[max(len(module.stride) - 2, 0)]

@@ -18,6 +18,7 @@ from credit.domain_parallel import (
     validate_sharding_constraints,
 )
 from credit.domain_parallel.layers import DomainParallelLayer
+from credit.models.attention import WindowAttention
 from tests.domain_parallel import parity
 from tests.domain_parallel.test_layers import check
 from tests.ranks import RankError
@@ -153,3 +154,18 @@ def test_windows_that_do_not_fit_a_shard_are_reported() -> None:
     assert warning == "level 1: 20 local rows do not divide into windows of 3 rows"
     (warning,) = validate_sharding_constraints(model, 180, [5, 3])
     assert "level 1: 180 local rows do not divide by the encoder's stride of 8" in warning
+
+
+def test_strides_and_windows_are_found_in_the_model_and_heights_may_differ() -> None:
+    stage = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), WindowAttention(8, 2, 5), WindowAttention(8, 2, 10))
+    model = nn.Sequential(stage, nn.Conv2d(8, 8, 2, stride=2), WindowAttention(8, 2, 5, dilated=True))
+    assert validate_sharding_constraints(model, 40 * 4) == []
+    assert validate_sharding_constraints(model, [240, 160]) == []
+    assert validate_sharding_constraints(model, [184, 176]) == [
+        "level 0: 45 local rows do not divide into windows of 10 rows",
+        "level 1: 22 and 23 local rows do not divide into windows of 5 rows",
+    ]
+    assert validate_sharding_constraints(model, [181, 180]) == [
+        "level 0: 181 local rows do not divide by the encoder's stride of 4",
+        "level 1: 180 and 181 local rows do not divide by the encoder's stride of 8",
+    ]
