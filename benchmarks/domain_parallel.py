@@ -3,10 +3,10 @@
     python benchmarks/domain_parallel.py --ranks 2 4
     python benchmarks/domain_parallel.py --case conv --variant added padded dtensor --forward
 
-One thread a rank. "x plain" is the step time of the sharded model times the ranks, over the plain model's: 1.00 is
+One thread a rank. The ratios are the step time of the sharded model times the ranks, over the plain model's: 1.00 is
 perfect where ranks have cores of their own. The plain model is timed twice: alone on the machine, and on every rank at
-once, when it shares memory bandwidth and caches as the sharded ranks do. Memory is that of the tensors kept for the
-backward, counted exactly: storages of distinct tensors, parameters aside.
+once, when it shares memory bandwidth and caches as the sharded ranks do. The ratio of CPU seconds leaves waiting out.
+Memory is that of the tensors kept for the backward, counted exactly: storages of distinct tensors, parameters aside.
 
 Variants: "added" adds what the halo contributes to the convolution of the local rows, "padded" attaches the halo to a
 copy of the shard, "dtensor" is torch's own DTensor, cut along longitude, which is the axis that its convolution has
@@ -86,12 +86,14 @@ def kept_bytes(model: nn.Module, x: Tensor) -> int:
     return total
 
 
-def timed(function: Callable[[], None]) -> float:
+def timed(function: Callable[[], None]) -> tuple[float, float]:
+    """(seconds until all ranks are done, CPU seconds of this rank)."""
     dist.barrier()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     function()
+    cpu = time.process_time() - cpu
     dist.barrier()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, cpu
 
 
 def variant_of(name: str, plain: nn.Module, x: Tensor, manager: DomainParallelManager) -> tuple[nn.Module, Tensor]:
@@ -114,19 +116,21 @@ def row(case: str, variant: str, manager: DomainParallelManager, repeats: int, s
     step(sharded, shard)
     manager.traffic = Traffic()
     step(sharded, shard)
-    times: dict[str, list[float]] = {"alone": [], "crowd": [], "sharded": []}
+    sent = manager.traffic.bytes / 1e6 if variant != "dtensor" else float("nan")
+    times: dict[str, list[tuple[float, float]]] = {"alone": [], "crowd": [], "sharded": []}
     for _ in range(repeats):
         times["alone"].append(timed(lambda: step(plain, x) if rank == 0 else None))
         times["crowd"].append(timed(lambda: step(plain, x)))
         times["sharded"].append(timed(lambda: step(sharded, shard)))
     whole = kept_bytes(plain, x)
     kept = kept_bytes(sharded, shard) * ranks / whole if variant != "dtensor" else float("nan")
-    sent = manager.traffic.bytes / 1e6 if variant != "dtensor" else float("nan")
     if rank == 0:
-        alone, crowd, ours = (statistics.median(times[name]) for name in ("alone", "crowd", "sharded"))
+        wall = {name: statistics.median(seconds for seconds, _ in taken) for name, taken in times.items()}
+        cpu = {name: statistics.median(seconds for _, seconds in taken) for name, taken in times.items()}
+        alone, crowd, ours = wall["alone"], wall["crowd"], wall["sharded"]
         print(
             f"{case:9s} {variant:8s} {ranks:5d}  {alone:9.3f} {crowd:9.3f} {ours:9.3f}  {ours * ranks / alone:9.2f}"
-            f" {ours * ranks / crowd:9.2f}  {sent:8.2f}  {kept:7.2f}",
+            f" {ours * ranks / crowd:9.2f} {cpu['sharded'] * ranks / cpu['crowd']:7.2f}  {sent:8.2f}  {kept:7.2f}",
             flush=True,
         )
 
@@ -152,8 +156,8 @@ def main() -> None:
     parser.add_argument("--forward", action="store_true", help="time the forward alone")
     args = parser.parse_args()
     print(
-        "                           plain    plain,            sharded x ranks /             kept x\n"
-        "case      variant  ranks    alone, s beside, s sharded, s  alone    beside   MB sent  ranks / plain"
+        "                           plain    plain,            sharded x ranks / plain               kept x\n"
+        "case      variant  ranks    alone, s beside, s sharded, s    alone    beside     CPU   MB sent  ranks / plain"
     )
     for ranks in args.ranks:
         with tempfile.TemporaryDirectory() as folder:
