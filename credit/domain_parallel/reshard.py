@@ -169,9 +169,11 @@ class AllExtreme(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dims: tuple[int, ...], sign: int, manager: DomainParallelManager) -> Tensor:
-        value = x.amax(dims, keepdim=True) if sign > 0 else x.amin(dims, keepdim=True)
-        op = dist.ReduceOp.MAX if sign > 0 else dist.ReduceOp.MIN
-        dist.all_reduce(value, op, group=manager.domain_group)
+        extreme = torch.amax if sign > 0 else torch.amin
+        mine = extreme(x, dims, keepdim=True)
+        everyone = mine.new_empty(manager.domain_world_size, *mine.shape)
+        dist.all_gather(list(everyone.unbind()), mine, group=manager.domain_group)
+        value = extreme(everyone, 0)  # not by a MAX over the wire, which may lose what is not a number
         manager.traffic.collectives += 1
         ctx.save_for_backward(x, value)
         ctx.dims, ctx.manager = dims, manager

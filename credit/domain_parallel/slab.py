@@ -37,6 +37,9 @@ COMPOSITE: dict[Any, Callable[..., Any]] = {}
 observer: Callable[[Any], None] | None = None
 """Called with every torch function that meets a slab, while it is set."""
 
+ASSIGN = "Assign to the tensor instead: x[rows] = x[rows] + y."
+"""The remedy where a slice is changed in place."""
+
 _NAMESPACES = {
     "torch": torch,
     "Tensor": torch.Tensor,
@@ -58,12 +61,14 @@ class Slab(torch.Tensor):
         partition: how it is cut.
         manager: the domain group that shares the tensor.
         shared: rows fetched for several windows at once, see `share_halo`.
+        copies: whole tensors that torch would call views of this one, and their versions when they were made.
     """
 
     cut: int
     partition: Partition
     manager: DomainParallelManager
     shared: tuple[Span, Tensor] | None
+    copies: list[tuple[Tensor, int]]
     _local: Tensor
     _source: tuple[Tensor, int] | None
 
@@ -78,6 +83,7 @@ class Slab(torch.Tensor):
         )
         self._local, self.cut, self.partition, self.manager = local, cut, partition, manager
         self._source = self.shared = None
+        self.copies = []
         return self
 
     @property
@@ -96,6 +102,8 @@ class Slab(torch.Tensor):
                     f"a custom torch.autograd.Function, {name}, met before this line,",
                     "its backward does not know of the rows on other ranks",
                 )
+            if any(copy._version != version for copy, version in self.copies):
+                refuse("a tensor of which a slice was changed in place", "the slice was a copy", ASSIGN)
             if self._source is not None and self._source[0]._version != self._source[1]:
                 refuse("a slice of a tensor that was then changed in place", "it holds the rows from before")
         return self._local

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import own, recut, reshard, whole
-from credit.domain_parallel.slab import RULES, Slab, refuse, rule, torch_functions
+from credit.domain_parallel.slab import ASSIGN, RULES, Slab, refuse, rule, torch_functions
 
 UNARY = """
 abs absolute acos acosh angle arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh bitwise_not ceil
@@ -62,7 +63,7 @@ def align(x: Any, like: Slab) -> Any:
 
 
 def lead(operands: list[Tensor]) -> Slab:
-    """The slab after which the others are cut: one whose cut axis is the longest, plainly cut before merged."""
+    """The slab after which the others are cut: of the most axes, plainly cut rather than merged."""
     slabs = [x for x in operands if isinstance(x, Slab)]
     return min(slabs, key=lambda x: (-x.ndim, not x.partition.is_plain))
 
@@ -108,8 +109,11 @@ def writable(target: Slab, call: str) -> None:
         refuse(
             f"{call} on a slice",
             "its rows are copies, and the tensor it was cut from would not change",
-            "Assign to the tensor instead: x[rows] = x[rows] + y.",
+            ASSIGN,
         )
+    # Its place in the list, the loop and the argument make three references; a fourth is the model's.
+    if any(sys.getrefcount(copy) > 3 for copy, _ in target.copies):
+        refuse(f"{call} on a tensor of which a slice is in use", "the slice is a copy, and would not change", ASSIGN)
 
 
 def updated(target: Slab) -> Slab:
@@ -147,6 +151,15 @@ def _like_first(func: Any) -> Any:
         return result(func(x.local, *others, **kwargs), x) if isinstance(x, Slab) else func(x, *others, **kwargs)
 
     return call
+
+
+def where(*args: Any, **kwargs: Any) -> Any:
+    if len(args) + len(kwargs) == 1:
+        refuse("torch.where of a condition alone", "the number of entries each rank would hold is not known")
+    return pointwise(torch.where)(*args, **kwargs)
+
+
+RULES[torch.where] = where
 
 
 for _name in ("to", "type_as", "zeros_like", "ones_like", "full_like", "empty_like"):

@@ -106,13 +106,11 @@ def transpose(x: Slab, dim0: int, dim1: int) -> Slab:
 
 @rule("movedim", "moveaxis")
 def movedim(x: Slab, source: Any, destination: Any) -> Slab:
-    order = torch.empty(x.shape, device="meta")
-    marked = [*range(x.ndim)]
     source = [source] if isinstance(source, int) else source
     destination = [destination] if isinstance(destination, int) else destination
     places = {d % x.ndim: s % x.ndim for s, d in zip(source, destination, strict=True)}
-    rest = iter([axis for axis in marked if axis not in places.values()])
-    return permute(x, [places[d] if d in places else next(rest) for d in range(order.ndim)])
+    rest = iter([axis for axis in range(x.ndim) if axis not in places.values()])
+    return permute(x, [places[d] if d in places else next(rest) for d in range(x.ndim)])
 
 
 def _t(x: Slab) -> Slab:
@@ -178,7 +176,7 @@ def narrow_to(x: Slab, dim: int, start: int, stop: int) -> Any:
     if dim != x.cut:
         return x.like(x.local.narrow(dim, start, stop - start))
     y = rows_at(x, range(start, stop))
-    return y.remember_source(x) if isinstance(y, Slab) and y is not x else y
+    return y if y is x else _sliced(x, y, is_view=True)
 
 
 @rule("narrow")
@@ -195,7 +193,7 @@ def select_one(x: Slab, dim: int, index: int) -> Any:
 @rule("unbind")
 def unbind(x: Slab, dim: int = 0) -> tuple:
     if dim % x.ndim == x.cut:
-        return whole(x).unbind(dim)
+        return tuple(_sliced(x, row, is_view=True) for row in whole(x).unbind(dim))
     return result(x.local.unbind(dim), x, _after_dropping(x, {dim % x.ndim}))
 
 
@@ -296,35 +294,32 @@ def getitem(x: Tensor, index: Any) -> Any:
     items = _spelled_out(x, index)
     if items is None:
         refuse("indexing with a mask of several axes", "the number of entries each rank would hold is not known")
-    axis = 0
-    for item in items:
-        if item is None:
-            continue
-        if axis == x.cut:
-            break
-        axis += 1
     at = _position(items, x.cut)
-    item = items[at]
-    advanced = sum(isinstance(i, Tensor | list) for i in items)
-    if isinstance(item, slice):
-        rows = range(*item.indices(x.shape[x.cut]))
-        y = rows_at(x, rows)
-        rest = (*items[:at], slice(None), *items[at + 1 :])
-        if not isinstance(y, Slab):
-            return y[rest]
-        out = _index_others(y, rest)
-        return out.remember_source(x) if y is not x and not advanced else out
+    item, length = items[at], x.shape[x.cut]
+    is_view = not any(isinstance(i, Tensor | list) for i in items)
     if isinstance(item, int):
-        y = rows_at(x, range(item % x.shape[x.cut], item % x.shape[x.cut] + 1))
-        return y[(*items[:at], 0, *items[at + 1 :])]
-    if advanced > 1:
-        refuse("indexing several axes by tensors, the cut one among them", "it has no rule")
-    rows = torch.arange(x.shape[x.cut])[torch.as_tensor(whole(item)).cpu()]
-    if rows.ndim != 1:
-        return whole(x)[tuple(whole(i) for i in items)]
-    y = rows_at(x, rows.tolist())
+        return _sliced(x, rows_at(x, [range(length)[item]])[(*items[:at], 0, *items[at + 1 :])], is_view)
+    if isinstance(item, slice):
+        rows: Sequence[int] = range(length)[item]
+    else:
+        found = torch.arange(length)[torch.as_tensor(whole(item)).cpu()]
+        if found.ndim != 1 or sum(isinstance(i, Tensor | list) for i in items) > 1:
+            return whole(x)[_whole_index(tuple(items))]
+        rows = found.tolist()
+    y = rows_at(x, rows)
     rest = (*items[:at], slice(None), *items[at + 1 :])
-    return _index_others(y, rest) if isinstance(y, Slab) else y[rest]
+    if y is x:
+        return _index_others(x, rest)
+    return _sliced(x, _index_others(y, rest) if isinstance(y, Slab) else y[rest], is_view)
+
+
+def _sliced(x: Slab, y: Any, is_view: bool) -> Any:
+    """`y`, whose rows are a copy of rows of `x`: where torch makes a view, neither may be changed in place."""
+    if is_view and isinstance(y, Slab):
+        return y.remember_source(x)
+    if is_view:
+        x.copies.append((y, y._version))
+    return y
 
 
 def _whole_index(index: Any) -> Any:
@@ -367,11 +362,9 @@ def _index_others(x: Slab, items: tuple) -> Slab:
 
 
 def _to_meta(item: Any) -> Any:
-    return (
-        item.nonzero()[:, 0].to("meta")
-        if isinstance(item, Tensor) and item.dtype == torch.bool
-        else (item.to("meta") if isinstance(item, Tensor) else item)
-    )
+    if not isinstance(item, Tensor):
+        return item
+    return (item.nonzero()[:, 0] if item.dtype == torch.bool else item).to("meta")
 
 
 @rule("__setitem__")
@@ -379,6 +372,7 @@ def setitem(x: Tensor, index: Any, value: Any) -> None:
     if not isinstance(x, Slab):
         x[_whole_index(index)] = whole(value)
         return
+    x.copies = [(y, version) for y, version in x.copies if y is not value]  # x[0] += 1 assigns what it changed
     writable(x, "assignment")
     items = _spelled_out(x, index)
     if items is None:
@@ -396,24 +390,21 @@ def setitem(x: Tensor, index: Any, value: Any) -> None:
 
 def _set_rows(x: Slab, items: list, at: int, value: Any) -> None:
     """Assign to some rows: every rank takes from the whole value what falls on its own."""
-    if any(isinstance(item, Tensor | list) for item in items):
+    if any(isinstance(item, Tensor | list) for item in items) or x.partition.outer > 1:
         refuse("assignment to some rows by tensors", "it has no rule", "Use torch.cat or torch.where.")
-    rows = torch.arange(x.shape[x.cut])[items[at]].reshape(-1)
-    mine = torch.tensor(list(x.partition.indices(x.manager.domain_rank)))
-    places = (rows[:, None] == mine).nonzero()
+    length, item = x.shape[x.cut], items[at]
+    rows = range(length)[item] if isinstance(item, slice) else range(length)[item : item + 1 or None]
+    mine = x.partition.indices(x.manager.domain_rank)
+    places = [place for place, row in enumerate(rows) if row in mine]
     value = whole(value)
-    axis = sum(not isinstance(item, int) for item in items[at + 1 :])  # axes after the rows, from the end
-    if isinstance(value, Tensor) and not isinstance(items[at], int) and value.ndim > axis:
-        along = value.ndim - 1 - axis
-        if value.shape[along] > 1:
-            value = value.index_select(along, places[:, 0].to(x.device))
-    elif isinstance(items[at], int):
-        items = [*items[:at], slice(items[at], items[at] + 1 or None), *items[at + 1 :]]
-        value = value.unsqueeze(value.ndim - axis) if isinstance(value, Tensor) and value.ndim >= axis else value
-    first = int(places[0, 1]) if len(places) else 0
-    step = int(places[1, 1] - places[0, 1]) if len(places) > 1 else 1
-    stop = first + step * len(places)
-    x._local[(*items[:at], slice(first, stop, step), *items[at + 1 :])] = value
+    after = sum(not isinstance(item, int) for item in items[at + 1 :])  # axes after the rows
+    if isinstance(value, Tensor) and isinstance(item, int):
+        value = value.unsqueeze(value.ndim - after) if value.ndim > after else value
+    elif isinstance(value, Tensor) and value.ndim > after and value.shape[-1 - after] > 1:
+        value = value.narrow(value.ndim - 1 - after, places[0] if places else 0, len(places))
+    first = rows[places[0]] - mine[0] if places else 0
+    local = slice(first, first + len(places) * rows.step, rows.step)
+    x._local[(*items[:at], local, *items[at + 1 :])] = value
     updated(x)
 
 
