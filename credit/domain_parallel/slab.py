@@ -40,6 +40,12 @@ observer: Callable[[Any], None] | None = None
 ASSIGN = "Assign to the tensor instead: x[rows] = x[rows] + y."
 """The remedy where a slice is changed in place."""
 
+_REMEDIES = {
+    "CheckpointFunction": "Give torch.utils.checkpoint use_reentrant=False.",
+    "RegisterPostBackwardFunction": "After fully_shard(module), call show_rows_to_hooks(module) of this package.",
+}
+"""For functions of torch's own."""
+
 _NAMESPACES = {
     "torch": torch,
     "Tensor": torch.Tensor,
@@ -101,6 +107,7 @@ class Slab(torch.Tensor):
                 refuse(
                     f"a custom torch.autograd.Function, {name}, met before this line,",
                     "its backward does not know of the rows on other ranks",
+                    _REMEDIES.get(name, ""),
                 )
             if any(copy._version != version for copy, version in self.copies):
                 refuse("a tensor of which a slice was changed in place", "the slice was a copy", ASSIGN)

@@ -320,6 +320,41 @@ OPERATORS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+LINES: dict[str, Callable[[], nn.Module]] = {
+    "conv": lambda: nn.Conv1d(C, C, 5, 2, 2, padding_mode="circular"),
+    "conv transpose": lambda: nn.ConvTranspose1d(C, C, 4, 2, 1),
+    "max pool": lambda: nn.MaxPool1d(3, 2, 1),
+    "avg pool": lambda: nn.AvgPool1d(3, 2, 1),
+    "adaptive": lambda: nn.AdaptiveAvgPool1d(5),
+    "batch norm": lambda: nn.BatchNorm1d(C),
+    "instance norm": lambda: nn.InstanceNorm1d(C),
+    "group norm": lambda: nn.GroupNorm(2, C),
+    "upsample": lambda: nn.Upsample(scale_factor=1.7, mode="linear"),
+    "reflection pad": lambda: nn.ReflectionPad1d(2),
+    "replication pad": lambda: nn.ReplicationPad1d((1, 3)),
+    "circular pad": lambda: nn.CircularPad1d(2),
+}
+"""Of (batch, channel, longitude), with longitude cut."""
+
+VOLUMES: dict[str, Callable[[], nn.Module]] = {
+    "conv": lambda: nn.Conv3d(C, C, 3, padding=1, padding_mode="replicate"),
+    "conv stride": lambda: nn.Conv3d(C, C, (2, 4, 4), (2, 3, 2), dilation=(1, 2, 1)),
+    "patches": lambda: nn.Conv3d(C, C, (2, 4, 4), (2, 4, 4)),
+    "conv transpose": lambda: nn.ConvTranspose3d(C, C, 3, 2, 1, output_padding=1),
+    "max pool": lambda: nn.MaxPool3d(2, ceil_mode=True),
+    "avg pool": lambda: nn.AvgPool3d(3, 2, 1, count_include_pad=False),
+    "adaptive": lambda: nn.AdaptiveAvgPool3d((2, 5, 3)),
+    "adaptive max": lambda: nn.AdaptiveMaxPool3d((2, 5, 3)),
+    "batch norm": lambda: nn.BatchNorm3d(C),
+    "instance norm": lambda: nn.InstanceNorm3d(C, affine=True),
+    "group norm": lambda: nn.GroupNorm(2, C),
+    "upsample": lambda: nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True),
+    "reflection pad": lambda: nn.ReflectionPad3d((1, 1, 2, 1, 1, 0)),
+    "dropout": lambda: nn.Dropout3d(0.4),
+}
+"""Of (batch, channel, level, latitude, longitude)."""
+
+
 class _SelfAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from credit.domain_parallel import convert_to_domain_parallel
 from tests.domain_parallel import parity
-from tests.domain_parallel.operators import OPERATORS, C, W
+from tests.domain_parallel.operators import LINES, OPERATORS, VOLUMES, C, W
 
 TOLERANCE = 1e-9
 HEIGHTS = (5, 12, 16, 17)
@@ -67,6 +67,23 @@ def test_every_operator_is_exact(worlds, size: int, height: int) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_longitude_can_be_cut_instead(worlds, size: int) -> None:
     check(worlds(size).run(failures, list(OPERATORS), 9, -1))
+
+
+def failures_of_other_ranks(kind: str, length: int) -> list[str]:
+    operators, shape, dim = {
+        "lines": (LINES, (2, C, length), -1),
+        "volumes": (VOLUMES, (2, C, 4, length, W), -2),
+    }[kind]
+    convert = partial(convert_to_domain_parallel, shard_dim=dim)
+    found = {name: parity.errors(build, shape, convert, dim=dim) for name, build in operators.items()}
+    return [f"{name}: {errors}" for name, errors in found.items() if not max(errors.values()) < TOLERANCE]
+
+
+@pytest.mark.parametrize("kind", ["lines", "volumes"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_three_and_five_axes(worlds, size: int, kind: str) -> None:
+    for length in (12, 17):
+        check(worlds(size).run(failures_of_other_ranks, kind, length))
 
 
 @settings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from credit.domain_parallel import DomainParallelError, convert_to_domain_parallel, shard_tensor
 from tests.domain_parallel import parity
@@ -66,6 +67,7 @@ FUNCTIONS = {
     "control flow": lambda x: x if (x > 0).flatten(2) else -x,
     "numpy": lambda x: torch.from_numpy(x.detach().numpy()),
     "Doubled": lambda x: Doubled.apply(x) * 1,
+    "use_reentrant=False": lambda x: checkpoint(torch.tanh, x, use_reentrant=True) * 1,
     "aten": scripted,
     "on a slice": write_slice,
     "mul_ on a slice": write_through_view,

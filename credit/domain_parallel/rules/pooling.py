@@ -260,7 +260,8 @@ def _taps(
         mode,
         **dict(options),
     )
-    columns = resized.movedim(axis + 2, 2).flatten(3)[0, :, :, 0].T
+    resized = resized.movedim(axis + 2, 2)
+    columns = resized.reshape(length, resized.shape[2], -1)[:, :, 0].T
     found = [column.nonzero().flatten().tolist() for column in columns]
     width = max(map(len, found))
     padded = [rows + rows[-1:] * (width - len(rows)) for rows in found]
