@@ -31,6 +31,11 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if b.numel() else 0.0
 
 
+def gradient(parameter: Tensor) -> Tensor:
+    """Zero where none came: of an empty batch."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
 def rows_of(x: Tensor, dim: int) -> Tensor:
     """This rank's rows of an output; the whole, where there are fewer rows than ranks."""
     return shard_tensor(x, dim, manager()) if x.shape[dim] >= dist.get_world_size() else x
@@ -75,9 +80,9 @@ def errors(
     }
     ours = dict(sharded.named_parameters())
     for name, parameter in plain.named_parameters():
-        total = ours.pop(name).grad.clone()
+        total = gradient(ours.pop(name)).clone()
         dist.all_reduce(total)
-        found[name] = relative(total, parameter.grad)
+        found[name] = relative(total, gradient(parameter))
     assert not ours, f"new parameter names: {list(ours)}"
     return found
 
