@@ -247,12 +247,12 @@ class Rows:
 class Everything:
     """Every rank needs these rows, None for all (gathering a field)."""
 
-    rows: range | None = None
+    rows: Sequence[int | None] | None = None
 
     def out_length(self, length: int) -> int:
         return length
 
-    def needs(self, out: Sequence[int], length: int) -> Sequence[int]:
+    def needs(self, out: Sequence[int], length: int) -> Sequence[int | None]:
         return range(length) if self.rows is None else self.rows
 
 

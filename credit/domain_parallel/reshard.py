@@ -33,20 +33,13 @@ def recut(slab: Slab, partition: Partition) -> Slab:
     else:
         block, blocks, target = 1, source, partition
     local = _blocks(slab.local, slab.cut, block)
-    plan = make_plan(_Same(target.length), blocks, rank_of(slab), target)
+    plan = make_plan(Rows(range(target.length)), blocks, rank_of(slab), target)
     local = exchange(local, plan, slab.cut, slab.manager)
     return slab.like(local.flatten(slab.cut, slab.cut + 1), partition=partition)
 
 
 def _blocks(local: Tensor, axis: int, block: int) -> Tensor:
     return local.unflatten(axis, (local.shape[axis] // block, block))
-
-
-class _Same(Rows):
-    """Every output row is the input row of the same number."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__(range(length))
 
 
 def plain(slab: Slab) -> Slab:
@@ -60,24 +53,16 @@ def select(slab: Slab, operator: RowMap, fill: float = 0.0) -> Slab | Tensor:
     out = operator.out_length(length)
     if out < parts_of(slab):
         rows = list(operator.needs(range(out), length)) if out else []
-        return _whole_rows(slab, Rows(rows), fill)
+        plan = make_plan(Everything(tuple(rows)), slab.partition, rank_of(slab), _everyone(slab))
+        return exchange(slab.local, plan, slab.cut, slab.manager, fill)
     target = Partition(out, parts_of(slab))
     plan = make_plan(operator, slab.partition, rank_of(slab), target)
     return slab.like(exchange(slab.local, plan, slab.cut, slab.manager, fill), partition=target)
 
 
-def _whole_rows(slab: Slab, rows: Rows, fill: float = 0.0) -> Tensor:
-    """These rows, in this order, on every rank."""
-    everyone = Partition(slab.manager.domain_world_size, slab.manager.domain_world_size)
-    plan = make_plan(_Fixed(tuple(rows.rows)), slab.partition, rank_of(slab), everyone)
-    return exchange(slab.local, plan, slab.cut, slab.manager, fill)
-
-
-class _Fixed(Rows):
-    """Every rank needs all of the rows."""
-
-    def needs(self, out: Any, length: int) -> list[int | None]:
-        return list(self.rows)
+def _everyone(slab: Slab) -> Partition:
+    """One output for each rank, so that each has what `Everything` needs."""
+    return Partition(parts_of(slab), parts_of(slab))
 
 
 def whole(x: Any) -> Any:
@@ -87,8 +72,7 @@ def whole(x: Any) -> Any:
     partition = x.partition
     block = partition.inner
     blocks = Partition(partition.rows, partition.parts, partition.outer)
-    everyone = Partition(partition.parts, partition.parts)
-    plan = make_plan(Everything(), blocks, rank_of(x), everyone)
+    plan = make_plan(Everything(), blocks, rank_of(x), _everyone(x))
     local = exchange(_blocks(x.local, x.cut, block), plan, x.cut, x.manager)
     return local.flatten(x.cut, x.cut + 1)
 
@@ -96,6 +80,13 @@ def whole(x: Any) -> Any:
 def own(x: Tensor, axis: int, like: Slab) -> Tensor:
     """This rank's part of a whole tensor whose `axis` runs along the cut of `like`."""
     return _part(x, axis, like.partition, rank_of(like))
+
+
+def cut_along(x: Tensor, axis: int, like: Slab) -> Tensor:
+    """This rank's part of `x`, whole or a slab, whose `axis` runs along the cut of `like`."""
+    if not isinstance(x, Slab):
+        return own(x, axis, like)
+    return recut(x if x.cut == axis else reshard(x, axis), like.partition).local
 
 
 def other_axis(slab: Slab, taken: tuple[int, ...] = ()) -> int | None:

@@ -47,8 +47,8 @@ class Border:
             DomainParallelError: on every rank, if the inputs do not fit together, or if the model draws random
                 numbers that are not the same on all ranks.
         """
-        (args, kwargs), draws_alike = self._enter(root, args, kwargs)
         before = _generator_state()
+        (args, kwargs), draws_alike = self._enter(root, args, kwargs, before)
         with inside_model():
             output = forward(*args, **kwargs)
         if not draws_alike and _generator_state() != before:
@@ -59,7 +59,7 @@ class Border:
             )
         return self.leave(output)
 
-    def _enter(self, root: nn.Module, args: tuple, kwargs: dict) -> tuple[Any, bool]:
+    def _enter(self, root: nn.Module, args: tuple, kwargs: dict, generators: tuple) -> tuple[Any, bool]:
         leaves, structure = tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Slab))
         fields = [leaf for leaf in leaves if self.is_field(leaf)]
         if len(fields) > MAX_SHARDED_INPUTS:
@@ -67,7 +67,7 @@ class Border:
         rest = (root.training, torch.is_grad_enabled(), *(self._describe(leaf) for leaf in leaves))
         heights = [leaf.shape[self.shard_dim] for leaf in fields]
         padding = [-1] * (MAX_SHARDED_INPUTS - len(heights))
-        rows = gather_numbers([_digest(rest), _digest(_generator_state()), *heights, *padding], self.manager)
+        rows = gather_numbers([_digest(rest), _digest(generators), *heights, *padding], self.manager)
         if len({(row[0], row.count(-1)) for row in rows}) > 1:
             self._refuse_disagreement(root, rest)
         columns = iter([[row[2 + i] for row in rows] for i in range(len(fields))])

@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.lengths import global_length
 from credit.domain_parallel.manager import DomainParallelManager, get_domain_parallel_manager
-from credit.domain_parallel.partition import Everything, Partition, PartitionError, make_plan
-from credit.domain_parallel.reshard import reshard
+from credit.domain_parallel.partition import Partition, PartitionError
+from credit.domain_parallel.reshard import reshard, whole
 from credit.domain_parallel.slab import Slab
 
 
@@ -48,9 +47,7 @@ def gather_tensor(x: Tensor, dim: int = -2, manager: DomainParallelManager | Non
     if manager is None:
         return x
     length = global_length(x.shape[dim], manager, "gather_tensor")
-    parts = manager.domain_world_size
-    plan = make_plan(Everything(), Partition(length, parts), manager.domain_rank, Partition(parts, parts))
-    return exchange(x, plan, dim, manager)
+    return whole(Slab(x, dim % x.ndim, Partition(length, manager.domain_world_size), manager))
 
 
 def reshard_tensor(x: Tensor, dim: int, new_dim: int, manager: DomainParallelManager | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit.domain_parallel.reshard import AllSum, own, recut, reshard, whole
+from credit.domain_parallel.reshard import AllSum, cut_along, reshard, whole
 from credit.domain_parallel.rules.pointwise import align, pointwise, result
 from credit.domain_parallel.slab import COMPOSITE, RULES, Slab, refuse, rule
 
@@ -35,9 +35,7 @@ def _cut_along(x: Tensor, names: str, letter: str, like: Slab) -> Tensor:
     axis = names.find(letter)
     if axis < 0 or x.shape[axis] != like.shape[like.cut]:
         return whole(x)
-    if not isinstance(x, Slab):
-        return own(x, axis, like)
-    return recut(x if x.cut == axis else reshard(x, axis), like.partition).local
+    return cut_along(x, axis, like)
 
 
 @rule("einsum")
@@ -161,9 +159,7 @@ def _batch_part(x: Tensor, query: Slab, axis: int) -> Tensor:
     """The keys or values that belong to this rank's part of a batch-like axis."""
     if x.ndim + axis < 0 or x.shape[axis] != query.shape[axis]:
         return whole(x)
-    if not isinstance(x, Slab):
-        return own(x, x.ndim + axis, query)
-    return recut(x if x.cut == x.ndim + axis else reshard(x, x.ndim + axis), query.partition).local
+    return cut_along(x, x.ndim + axis, query)
 
 
 def _mask(mask: Tensor | None, query: Slab, axis: int) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from credit.domain_parallel.partition import Partition
-from credit.domain_parallel.reshard import own, recut, reshard, whole
+from credit.domain_parallel.reshard import cut_along, own, whole
 from credit.domain_parallel.slab import ASSIGN, RULES, Slab, refuse, rule, torch_functions
 
 UNARY = """
@@ -51,15 +51,7 @@ def align(x: Any, like: Slab) -> Any:
     from_end = like.cut - like.ndim
     axis = x.ndim + from_end
     runs_along = axis >= 0 and x.shape[axis] == like.shape[like.cut]
-    if not isinstance(x, Slab):
-        return own(x, axis, like) if runs_along else x
-    if x is like:
-        return x.local
-    if not runs_along:
-        return whole(x)
-    if x.cut != axis:
-        x = reshard(x, axis)
-    return recut(x, like.partition).local
+    return cut_along(x, axis, like) if runs_along else whole(x)
 
 
 def lead(operands: list[Tensor]) -> Slab:

@@ -124,8 +124,7 @@ def _recount(y: Any, x: Slab, axes: int, k: list, s: list, p: list, include: boo
 
 
 for _axes in (1, 2, 3):
-    for _name in (f"max_pool{_axes}d",):
-        RULES[getattr(F, _name)] = RULES[getattr(torch, _name)] = _max_pool(_axes)
+    RULES[MAX_POOL[_axes]] = RULES[getattr(torch, f"max_pool{_axes}d")] = _max_pool(_axes)
     RULES[AVG_POOL[_axes]] = _avg_pool(_axes)
 
 

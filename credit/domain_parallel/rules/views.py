@@ -17,7 +17,7 @@ from torch import Tensor
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, Rows, make_plan
 from credit.domain_parallel.regroup import regroup
-from credit.domain_parallel.reshard import own, recut, reshard, select, whole
+from credit.domain_parallel.reshard import cut_along, recut, reshard, select, whole
 from credit.domain_parallel.rules.pointwise import align, lead, result, updated, writable
 from credit.domain_parallel.slab import RULES, Slab, parts_of, refuse, rule
 
@@ -236,7 +236,7 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
     like = lead(list(tensors))
     dim %= like.ndim
     if dim != like.cut:
-        return like.like(torch.cat([_alongside(x, like) for x in tensors], dim))
+        return like.like(torch.cat([cut_along(x, like.cut, like) for x in tensors], dim))
     length = sum(x.shape[dim] for x in tensors)
     target = Partition(length, parts_of(like))
     mine = target.range(like.manager.domain_rank)
@@ -268,18 +268,11 @@ class _Placed(Rows):
         return [o - top for top in self.rows for o in out if top is not None and 0 <= o - top < length]
 
 
-def _alongside(x: Tensor, like: Slab) -> Tensor:
-    """`x` of the same shape but for an axis that is not cut, cut as `like` is."""
-    if not isinstance(x, Slab):
-        return own(x, like.cut, like)
-    return recut(x if x.cut == like.cut else reshard(x, like.cut), like.partition).local
-
-
 @rule("stack")
 def stack(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
     like = lead(list(tensors))
     dim %= like.ndim + 1
-    return like.like(torch.stack([_alongside(x, like) for x in tensors], dim), like.cut + (dim <= like.cut))
+    return like.like(torch.stack([cut_along(x, like.cut, like) for x in tensors], dim), like.cut + (dim <= like.cut))
 
 
 @rule("meshgrid", "broadcast_tensors")
