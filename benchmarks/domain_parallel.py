@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import os
 import statistics
 import tempfile
@@ -136,8 +137,16 @@ def row(case: str, variant: str, manager: DomainParallelManager, repeats: int, s
         )
 
 
+def keep_freed_memory() -> None:
+    """Let malloc reuse what was freed, as the allocator of an accelerator does, instead of faulting pages in anew."""
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
 def measure(rank: int, ranks: int, store: str, cases: list[str], variants: list[str], repeats: int, step: Step) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     manager = DomainParallelManager(ranks, ranks)

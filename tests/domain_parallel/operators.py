@@ -56,6 +56,11 @@ class Sdpa(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).reshape(b, n, c)
 
 
+def dropped_in_place(x: Tensor) -> Tensor:
+    F.dropout(x, 0.3, inplace=True)
+    return x
+
+
 def squeeze_excite(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x.mean((2, 3), keepdim=True))
 
@@ -314,6 +319,7 @@ OPERATORS: dict[str, Callable[[], nn.Module]] = {
     "mha weights": lambda: Tokens(_SelfAttention()),
     "dropout": lambda: nn.Dropout(0.3),
     "dropout2d": lambda: nn.Dropout2d(0.3),
+    "dropout in place": lambda: Call(dropped_in_place),
     "noise": call(lambda x: x + torch.randn_like(x)),
     "drop path": call(lambda x: x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(0.5)),
     "fresh noise": call(lambda x: x + torch.randn(x.shape, dtype=x.dtype)),

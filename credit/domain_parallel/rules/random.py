@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from credit.domain_parallel.reshard import own
+from credit.domain_parallel.rules.pointwise import updated, writable
 from credit.domain_parallel.slab import RULES, Slab
 
 
@@ -25,7 +26,11 @@ def _dropped_out(func: Any, channels: bool = False) -> Any:
         mask = func(torch.ones(shape, dtype=x.dtype, device=x.device), p, True)
         if shape[x.cut] > 1:
             mask = own(mask, x.cut, x)
-        return x.like(x.local * mask)
+        if not inplace:
+            return x.like(x.local * mask)
+        writable(x, "dropout")
+        x.local.mul_(mask)
+        return updated(x)
 
     return call
 
@@ -50,6 +55,7 @@ for _func in (torch.rand_like, torch.randn_like, torch.randint_like):
 
 def _filled(name: str) -> Any:
     def call(x: Slab, *args: Any, **kwargs: Any) -> Slab:
+        writable(x, name)
         drawn: Tensor = getattr(torch.empty(x.shape, dtype=x.dtype, device=x.device), name)(*args, **kwargs)
         x.local.copy_(own(drawn, x.cut, x))
         return x
