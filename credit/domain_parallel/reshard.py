@@ -128,7 +128,10 @@ def _all_to_all(x: Tensor, source: Cut, target: Cut, manager: DomainParallelMana
     received = {rank: mine, **swap(parts, shapes, x, manager)}
     # Within each outer index the ranks' rows follow one another.
     pieces = [received[peer].unflatten(old_axis, (old.outer, -1)) for peer in peers]
-    return torch.cat(pieces, old_axis + 1).flatten(old_axis, old_axis + 1)
+    joined = torch.cat(pieces, old_axis + 1)
+    shape = [*joined.shape[:old_axis], old.length, *joined.shape[old_axis + 2 :]]
+    # Not as a view: what an autograd function returns could then not be changed in place.
+    return torch.ops.aten._unsafe_view(joined, shape)
 
 
 def _part(x: Tensor, axis: int, partition: Partition, rank: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from credit.domain_parallel import convert_to_domain_parallel
+from credit.domain_parallel import DomainParallelError, convert_to_domain_parallel
 from tests.domain_parallel import parity
 from tests.domain_parallel.operators import LINES, OPERATORS, VOLUMES, C, W
 
@@ -67,6 +67,47 @@ def test_every_operator_is_exact(worlds, size: int, height: int) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_longitude_can_be_cut_instead(worlds, size: int) -> None:
     check(worlds(size).run(failures, list(OPERATORS), 9, -1))
+
+
+class Turned(torch.nn.Module):
+    """The same values, with longitudes outermost in memory."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+AROUND = {
+    "changed in place": lambda operator: torch.nn.Sequential(operator, torch.nn.LeakyReLU(0.1, inplace=True)),
+    "of strides of its own": lambda operator: torch.nn.Sequential(Turned(), operator, Turned()),
+}
+
+
+def failures_around(what: str, height: int) -> list[str]:
+    """Operators that fail beside such a neighbour, where torch's do not (refusals by name aside)."""
+    found = []
+    for name, operator in OPERATORS.items():
+
+        def build(operator=operator) -> torch.nn.Module:
+            return AROUND[what](operator())
+
+        try:
+            build().double()(torch.randn(2, C, height, W, dtype=torch.float64)).sum().backward()
+        except (RuntimeError, ValueError, IndexError):
+            continue
+        try:
+            errors = parity.errors(build, (2, C, height, W))
+        except DomainParallelError:
+            continue
+        except Exception as error:
+            errors = {repr(error): float("inf")}
+        if not max(errors.values()) < TOLERANCE:
+            found.append(f"{name}: {errors}")
+    return found
+
+
+@pytest.mark.parametrize("what", AROUND)
+def test_operators_do_not_mind_how_torch_stores_a_tensor(worlds, what: str) -> None:
+    check(worlds(3).run(failures_around, what, 12))
 
 
 def failures_of_other_ranks(kind: str, length: int) -> list[str]:

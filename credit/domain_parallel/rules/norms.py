@@ -96,7 +96,7 @@ def _moments(x: Tensor, dims: tuple[int, ...], eps: float, center: bool) -> tupl
     rows, size = prod(x.shape[:first]), prod(x.shape[first:])
     if not x.numel():
         return x.new_zeros(shape).mean(dims, keepdim=True), x.new_zeros(shape).mean(dims, keepdim=True)
-    _, mean, rstd = torch.native_group_norm(x.reshape(1, rows, size), None, None, 1, rows, size, rows, eps)
+    _, mean, rstd = torch.native_group_norm(x.reshape(1, rows, size).contiguous(), None, None, 1, rows, size, rows, eps)
     mean, variance = mean.view(shape), (rstd.view(shape).pow(-2) - eps).clamp_min(0)
     total = mean.mean(dims, keepdim=True)
     return total, (variance + (mean - total).square()).mean(dims, keepdim=True)
@@ -109,7 +109,9 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     rows = x.numel() // x.shape[-1]
     scale, shift = (w.expand(*x.shape[:-1], 1).reshape(rows) for w in (scale, shift))
     one, zero = torch.ones_like(scale), torch.zeros_like(scale)
-    return F.batch_norm(x.reshape(1, rows, -1), zero, one, scale, shift, False, 0.0, 0.0).view(x.shape)
+    y = F.batch_norm(x.reshape(1, rows, -1).contiguous(), zero, one, scale, shift, False, 0.0, 0.0)
+    # Not as a view: what an autograd function returns could then not be changed in place, as ReLU(inplace=True) does.
+    return torch.ops.aten._unsafe_view(y, x.shape)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -16,6 +16,15 @@ from credit.domain_parallel.rules.pointwise import updated, writable
 from credit.domain_parallel.slab import RULES, Slab
 
 
+def _whole_like(x: Slab, shape: tuple[int, ...]) -> Tensor:
+    """An empty tensor of this global shape, stored as `x` is: torch draws in the order of memory."""
+    local = x.local
+    order = list(range(x.ndim))
+    if not local.is_contiguous():
+        order.sort(key=lambda axis: -local.stride(axis))
+    return torch.empty_permuted(shape, order, dtype=x.dtype, device=x.device)
+
+
 def _dropped_out(func: Any, channels: bool = False) -> Any:
     def call(x: Slab, p: float = 0.5, training: bool = True, inplace: bool = False) -> Slab:
         if not training or p == 0:
@@ -23,7 +32,7 @@ def _dropped_out(func: Any, channels: bool = False) -> Any:
         shape = tuple(x.shape)
         if channels:
             shape = (*shape[:2], *[1] * (x.ndim - 2))
-        mask = func(torch.ones(shape, dtype=x.dtype, device=x.device), p, True)
+        mask = func(_whole_like(x, shape).fill_(1), p, True)
         if shape[x.cut] > 1:
             mask = own(mask, x.cut, x)
         if not inplace:
@@ -43,8 +52,8 @@ for _func in (F.dropout1d, F.dropout2d, F.dropout3d, torch.feature_dropout):
 
 def _drawn_like(func: Any) -> Any:
     def call(x: Slab, *args: Any, **kwargs: Any) -> Slab:
-        whole_field = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        return x.like(own(func(whole_field, *args, **kwargs), x.cut, x))
+        drawn: Tensor = func(_whole_like(x, tuple(x.shape)), *args, **kwargs)
+        return x.like(own(drawn, x.cut, x))
 
     return call
 
@@ -56,7 +65,7 @@ for _func in (torch.rand_like, torch.randn_like, torch.randint_like):
 def _filled(name: str) -> Any:
     def call(x: Slab, *args: Any, **kwargs: Any) -> Slab:
         writable(x, name)
-        drawn: Tensor = getattr(torch.empty(x.shape, dtype=x.dtype, device=x.device), name)(*args, **kwargs)
+        drawn: Tensor = getattr(_whole_like(x, tuple(x.shape)), name)(*args, **kwargs)
         x.local.copy_(own(drawn, x.cut, x))
         return x
 
