@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from credit.domain_parallel.partition import Partition
@@ -23,6 +24,7 @@ class Regrouped:
     after: Partition
 
 
+@lru_cache(maxsize=4096)
 def regroup(old: tuple[int, ...], new: tuple[int, ...], cut: int, partition: Partition) -> Regrouped | None:
     """Reshaping `old` to `new`, with axis `cut` of `old` cut as `partition`; None if no new axis can be cut.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from credit.domain_parallel.halo_exchange import exchange, swap
 from credit.domain_parallel.manager import DomainParallelManager
 from credit.domain_parallel.partition import Everything, Partition, RowMap, Rows, make_plan
-from credit.domain_parallel.slab import Slab, parts_of, rank_of
+from credit.domain_parallel.slab import Slab, is_slab, parts_of, rank_of
 
 
 def plain_partition(slab: Slab) -> Partition:
@@ -67,7 +67,7 @@ def _everyone(slab: Slab) -> Partition:
 
 def whole(x: Any) -> Any:
     """The global tensor on every rank, from a slab; anything else as it is."""
-    if not isinstance(x, Slab):
+    if not is_slab(x):
         return x
     partition = x.partition
     block = partition.inner
@@ -79,14 +79,20 @@ def whole(x: Any) -> Any:
 
 def own(x: Tensor, axis: int, like: Slab) -> Tensor:
     """This rank's part of a whole tensor whose `axis` runs along the cut of `like`."""
-    return _part(x, axis, like.partition, rank_of(like))
+    return part(x, axis, like.partition, rank_of(like))
 
 
 def cut_along(x: Tensor, axis: int, like: Slab) -> Tensor:
     """This rank's part of `x`, whole or a slab, whose `axis` runs along the cut of `like`."""
-    if not isinstance(x, Slab):
+    if not is_slab(x):
         return own(x, axis, like)
     return recut(x if x.cut == axis else reshard(x, axis), like.partition).local
+
+
+def is_dealt_evenly(slab: Slab, groups: int) -> bool:
+    """True if every rank has as many whole ones of `groups` equal groups along the cut, in order."""
+    partition = slab.partition
+    return partition.outer == 1 and partition.rows % partition.parts == 0 and groups % partition.parts == 0
 
 
 def other_axis(slab: Slab, taken: tuple[int, ...] = ()) -> int | None:
@@ -121,7 +127,7 @@ class _Transpose(torch.autograd.Function):
 def _all_to_all(x: Tensor, source: Cut, target: Cut, manager: DomainParallelManager) -> Tensor:
     (old_axis, old), (axis, new) = source, target
     rank, peers = manager.domain_rank, range(manager.domain_world_size)
-    parts = {peer: _part(x, axis, new, peer) for peer in peers}
+    parts = {peer: part(x, axis, new, peer) for peer in peers}
     shape = list(parts[rank].shape)
     shapes = {peer: [*shape[:old_axis], old.size(peer), *shape[old_axis + 1 :]] for peer in peers if peer != rank}
     mine = parts.pop(rank)
@@ -134,7 +140,8 @@ def _all_to_all(x: Tensor, source: Cut, target: Cut, manager: DomainParallelMana
     return torch.ops.aten._unsafe_view(joined, shape)
 
 
-def _part(x: Tensor, axis: int, partition: Partition, rank: int) -> Tensor:
+def part(x: Tensor, axis: int, partition: Partition, rank: int) -> Tensor:
+    """What `rank` owns of a whole tensor whose `axis` is cut as `partition` says."""
     rows = partition.range(rank)
     if partition.outer == 1:
         return x.narrow(axis, rows.start * partition.inner, len(rows) * partition.inner)

@@ -21,7 +21,7 @@ from credit.domain_parallel.lengths import check_lengths, gather_numbers
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import plain, reshard, whole
-from credit.domain_parallel.slab import Slab, inside_model
+from credit.domain_parallel.slab import Slab, inside_model, refuse, rules_of
 
 MAX_SHARDED_INPUTS = 30
 
@@ -91,6 +91,9 @@ class Border:
         if not isinstance(x, Tensor):
             return x
         if isinstance(x, Slab):
+            if type(x) is not Slab:
+                with rules_of(type(x)):
+                    refuse("leaving the model", "its output must be whole but for its rows")
             if not self.is_field(x):
                 return _Once.apply(whole(x), self.manager)
             axis = x.ndim + self.shard_dim

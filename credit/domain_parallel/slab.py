@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,9 @@ class Slab(torch.Tensor):
         copies: whole tensors that torch would call views of this one, and their versions when they were made.
     """
 
+    described: ClassVar[str] = "a field cut over ranks"
+    remedy: ClassVar[str] = "Replace it, or give the type of the module to custom_converters; or use domain: 1."
+
     cut: int
     partition: Partition
     manager: DomainParallelManager
@@ -117,7 +120,7 @@ class Slab(torch.Tensor):
 
     def like(self, local: Tensor, cut: int | None = None, partition: Partition | None = None) -> Slab:
         """`local` as a slab that is cut like this one, or along `cut` as `partition` says."""
-        return Slab(local, self.cut if cut is None else cut, partition or self.partition, self.manager)
+        return type(self)(local, self.cut if cut is None else cut, partition or self.partition, self.manager)
 
     def remember_source(self, base: Slab) -> Slab:
         """Mark this slab as what torch calls a view of `base`, although its rows are a copy."""
@@ -130,13 +133,13 @@ class Slab(torch.Tensor):
             observer(func)
         rule = RULES.get(func)
         if rule is not None:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch._C.DisableTorchFunctionSubclass(), rules_of(Slab, func):
                 return rule(*args, **(kwargs or {}))
         composite = COMPOSITE.get(func)
         if composite is not None:
             return composite(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
-            refuse(torch.overrides.resolve_name(func) or str(func), "it has no rule for a field cut over ranks")
+            refuse(name_of(func), "it has no rule for a field cut over ranks")
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *unused: Any) -> Any:  # type: ignore[override]
@@ -151,11 +154,47 @@ class Slab(torch.Tensor):
 Slab.__module__ = "torch"
 
 
+@contextmanager
+def rules_of(kind: type[Slab], func: Any = None) -> Iterator[None]:
+    """While a rule (of `func`) runs for slabs of this kind: others are plain tensors to it."""
+    before = getattr(_state, "kind", Slab), getattr(_state, "func", None)
+    _state.kind, _state.func = kind, func
+    try:
+        yield
+    finally:
+        _state.kind, _state.func = before
+
+
+def name_of(func: Any) -> str:
+    """A torch function as it is called."""
+    return torch.overrides.resolve_name(func) or str(func)
+
+
+def running() -> str:
+    """The torch function whose rule is running."""
+    return name_of(getattr(_state, "func", None))
+
+
+def is_slab(x: Any) -> TypeGuard[Slab]:
+    """True if `x` is a slab of the kind that rules run for."""
+    return isinstance(x, getattr(_state, "kind", Slab))
+
+
 class _Opened(NamedTuple):
-    local: Tensor
+    kind: type[Slab]
+    local: Any
     cut: int
     partition: Partition
     manager: DomainParallelManager
+
+    @staticmethod
+    def of(x: Slab) -> _Opened:
+        local = _Opened.of(x.local) if isinstance(x.local, Slab) else x.local
+        return _Opened(type(x), local, x.cut, x.partition, x.manager)
+
+    def close(self) -> Slab:
+        local = self.local.close() if isinstance(self.local, _Opened) else self.local
+        return self.kind(local, self.cut, self.partition, self.manager)
 
 
 def show_rows_to_hooks(module: nn.Module) -> None:
@@ -165,10 +204,10 @@ def show_rows_to_hooks(module: nn.Module) -> None:
     """
 
     def opened(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return _each(args, kwargs, Slab, lambda x: _Opened(x.local, x.cut, x.partition, x.manager))
+        return _each(args, kwargs, Slab, _Opened.of)
 
     def closed(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return _each(args, kwargs, _Opened, lambda x: Slab(*x))
+        return _each(args, kwargs, _Opened, _Opened.close)
 
     module.register_forward_pre_hook(opened, prepend=True, with_kwargs=True)
     module.register_forward_pre_hook(closed, with_kwargs=True)
@@ -233,9 +272,9 @@ def is_inside_model() -> bool:
 def refuse(call: str, reason: str, remedy: str = "") -> NoReturn:
     """Stop with the module, the line of the model's code and the remedy. Every rank meets the same call."""
     module, place = _where()
+    kind = getattr(_state, "kind", Slab)
     _state.refusal = DomainParallelError(
-        f"{module}: {call} cannot be done on a field cut over ranks: {reason}."
-        f"{place}\n{remedy or 'Replace it, or give the type of the module to custom_converters; or use domain: 1.'}"
+        f"{module}: {call} cannot be done on {kind.described}: {reason}.{place}\n{remedy or kind.remedy}"
     )
     raise _state.refusal
 

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 
 class _Attention(nn.Module):
-    """Multi-head softmax attention of (..., tokens, channels)."""
+    """Multi-head softmax attention of (..., tokens, channels). Its heads may be cut over tensor-parallel ranks."""
+
+    _tp_col = "qkv"
+    _tp_row = "project"
+    _tp_fused = 3
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()

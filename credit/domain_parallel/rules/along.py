@@ -17,7 +17,7 @@ from credit.domain_parallel.reshard import other_axis, reshard, whole
 from credit.domain_parallel.rules.pointwise import align, pointwise, result
 from credit.domain_parallel.rules.reductions import amax, amin, axes_of, drop
 from credit.domain_parallel.rules.views import roll
-from credit.domain_parallel.slab import RULES, Slab, parts_of, refuse, rule, torch_functions
+from credit.domain_parallel.slab import RULES, Slab, is_slab, parts_of, refuse, rule, torch_functions
 
 
 def elsewhere(function: Callable[[Tensor], Any], x: Slab, axes: Sequence[int]) -> Any:
@@ -107,7 +107,7 @@ def _pick(func: Any, extreme: Any) -> Any:
 def _dropped(x: Tensor, dim: int, keepdim: bool) -> Any:
     if keepdim:
         return x
-    return drop(x.local, x, (dim,), False) if isinstance(x, Slab) else x.squeeze(dim)
+    return drop(x.local, x, (dim,), False) if is_slab(x) else x.squeeze(dim)
 
 
 for _name, _extreme in (("max", amax), ("min", amin), ("median", None)):
@@ -171,7 +171,7 @@ for _func in (torch.fft.fftshift, torch.fft.ifftshift):
 
 @rule("cosine_similarity")
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Any:
-    like = x1 if isinstance(x1, Slab) else x2
+    like = x1 if is_slab(x1) else x2
     if dim % like.ndim == like.cut:
         cut = other_axis(like, (dim % like.ndim,))
         if cut is None:
@@ -199,7 +199,7 @@ def unfold(x: Slab, dimension: int, size: int, step: int) -> Any:
 def gather(x: Tensor, dim: int, index: Tensor, **kwargs: Any) -> Any:
     if isinstance(dim, Tensor):
         dim, index = index, dim
-    like = x if isinstance(x, Slab) else index
-    if dim % like.ndim != like.cut and isinstance(x, Slab):
+    like = x if is_slab(x) else index
+    if dim % like.ndim != like.cut and is_slab(x):
         return like.like(torch.gather(x.local, dim, align(index, like)))
     return torch.gather(whole(x), dim, whole(index))

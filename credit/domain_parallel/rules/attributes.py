@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from credit.domain_parallel.slab import RULES, Slab, refuse, rule, torch_functions
+from credit.domain_parallel.slab import RULES, Slab, is_slab, refuse, rule, torch_functions
 
 # Read off the slab itself, which has the shape of the whole.
 _ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta")
@@ -49,7 +49,7 @@ def register_hook(x: Slab, hook: Any) -> Any:
 
     def on_rows(grad: torch.Tensor) -> torch.Tensor | None:
         changed = hook(x.like(grad))
-        return changed.local if isinstance(changed, Slab) else changed
+        return changed.local if is_slab(changed) else changed
 
     return x.local.register_hook(on_rows)
 

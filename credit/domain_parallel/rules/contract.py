@@ -16,12 +16,12 @@ from torch import Tensor
 
 from credit.domain_parallel.reshard import AllSum, cut_along, reshard, whole
 from credit.domain_parallel.rules.pointwise import align, pointwise, result
-from credit.domain_parallel.slab import COMPOSITE, RULES, Slab, refuse, rule
+from credit.domain_parallel.slab import COMPOSITE, RULES, Slab, is_slab, refuse, rule
 
 
 def contract(func: Any, operands: list[Tensor], letters: list[str], out: str) -> Any:
     """func(*operands), whose axes are named by `letters` and those of the result by `out`."""
-    cuts = [(x, names[x.cut]) for x, names in zip(operands, letters, strict=True) if isinstance(x, Slab)]
+    cuts = [(x, names[x.cut]) for x, names in zip(operands, letters, strict=True) if is_slab(x)]
     # A letter that survives is better than one that is summed over: the ranks' results need no sum.
     like, letter = min(cuts, key=lambda cut: (cut[1] not in out, -cut[0].numel()))
     locals_ = [_cut_along(x, names, letter, like) for x, names in zip(operands, letters, strict=True)]
@@ -78,7 +78,7 @@ def tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: None = None) -> Any:
 
 @rule("F.linear")
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if isinstance(weight, Slab) or isinstance(bias, Slab):
+    if is_slab(weight) or is_slab(bias):
         refuse("a linear layer whose weight is a field", "it has no rule")
     if input.cut < input.ndim - 1:
         return input.like(F.linear(input.local, weight, bias))
@@ -89,7 +89,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
 
 @rule("bilinear")
 def bilinear(x1: Tensor, x2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    like = x1 if isinstance(x1, Slab) else x2
+    like = x1 if is_slab(x1) else x2
     if like.cut == like.ndim - 1:
         refuse("bilinear over the cut axis", "it has no rule")
     return like.like(F.bilinear(align(x1, like), align(x2, like), weight, bias))
@@ -114,9 +114,9 @@ RULES[torch.Tensor.__rmatmul__] = lambda b, a: matmul(a, b)
 def addmm(input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     product = matmul(a, b)
     multiply, add = pointwise(torch.mul), pointwise(torch.add)
-    if not isinstance(product, Slab):
+    if not is_slab(product):
         return beta * whole(input) + alpha * product
-    return add(multiply(product, alpha), multiply(input, beta) if isinstance(input, Slab) else input * beta)
+    return add(multiply(product, alpha), multiply(input, beta) if is_slab(input) else input * beta)
 
 
 @rule("F.scaled_dot_product_attention")
@@ -134,7 +134,7 @@ def scaled_dot_product_attention(
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     if dropout_p:
         refuse("attention with dropout", "torch draws the mask inside, for local rows", "Set its dropout to 0.")
-    if not isinstance(query, Slab):
+    if not is_slab(query):
         return F.scaled_dot_product_attention(
             query, whole(key), whole(value), whole(attn_mask), is_causal=is_causal, **options
         )

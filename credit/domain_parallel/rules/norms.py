@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from credit.domain_parallel.manager import DomainParallelManager
-from credit.domain_parallel.reshard import own
+from credit.domain_parallel.reshard import is_dealt_evenly, own
 from credit.domain_parallel.rules.contract import run_body
 from credit.domain_parallel.rules.reductions import axes_of
-from credit.domain_parallel.slab import COMPOSITE, Slab, refuse, rule
+from credit.domain_parallel.slab import COMPOSITE, Slab, parts_of, refuse, rule
 
 Moments = tuple[Tensor, Tensor]
 
@@ -167,7 +167,10 @@ def group_norm(
     if input.cut == 0:
         return input.like(F.group_norm(input.local, num_groups, weight, bias, eps))
     if input.cut == 1:
-        refuse("group_norm of a field whose channels are cut", "it has no rule")
+        if not is_dealt_evenly(input, num_groups):
+            refuse("group_norm of a field whose channels are cut", "its groups do not divide over the ranks")
+        weight, bias = (None if w is None else own(w, 0, input) for w in (weight, bias))
+        return input.like(F.group_norm(input.local, num_groups // parts_of(input), weight, bias, eps))
     batch, channels = input.shape[:2]
     each = channels // num_groups
     view = (1, num_groups, each, 1)

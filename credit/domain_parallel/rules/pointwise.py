@@ -11,7 +11,7 @@ from torch import Tensor
 
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import cut_along, own, whole
-from credit.domain_parallel.slab import ASSIGN, RULES, Slab, refuse, rule, torch_functions
+from credit.domain_parallel.slab import ASSIGN, RULES, Slab, is_slab, refuse, rule, torch_functions
 
 UNARY = """
 abs absolute acos acosh angle arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh bitwise_not ceil
@@ -56,7 +56,7 @@ def align(x: Any, like: Slab) -> Any:
 
 def lead(operands: list[Tensor]) -> Slab:
     """The slab after which the others are cut: of the most axes, plainly cut rather than merged."""
-    slabs = [x for x in operands if isinstance(x, Slab)]
+    slabs = [x for x in operands if is_slab(x)]
     return min(slabs, key=lambda x: (-x.ndim, not x.partition.is_plain))
 
 
@@ -76,7 +76,7 @@ def pointwise(func: Any) -> Any:
             refuse(f"{func.__name__} with out=", "the rows of the result are on several ranks")
         like = lead(_operands(args, kwargs))
         out = func(*[align(x, like) for x in args], **{name: align(x, like) for name, x in kwargs.items()})
-        if isinstance(args[0], Slab) and out is args[0]._local and func.__name__ not in ("contiguous", "__pos__"):
+        if is_slab(args[0]) and out is args[0]._local and func.__name__ not in ("contiguous", "__pos__"):
             writable(args[0], func.__name__)  # inplace=True
             return updated(args[0])
         return result(out, like)
@@ -86,7 +86,7 @@ def pointwise(func: Any) -> Any:
 
 def in_place(func: Any) -> Any:
     def call(target: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(target, Slab):
+        if not is_slab(target):
             return func(target, *[whole(x) for x in args], **{name: whole(x) for name, x in kwargs.items()})
         writable(target, func.__name__)
         func(target.local, *[align(x, target) for x in args], **{name: align(x, target) for name, x in kwargs.items()})
@@ -139,8 +139,8 @@ for _getter in (torch.Tensor.real.__get__, torch.Tensor.imag.__get__, torch.Tens
 def _like_first(func: Any) -> Any:
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The other tensors tell a type, no values."""
-        others = [other.local if isinstance(other, Slab) else other for other in args]
-        return result(func(x.local, *others, **kwargs), x) if isinstance(x, Slab) else func(x, *others, **kwargs)
+        others = [other.local if is_slab(other) else other for other in args]
+        return result(func(x.local, *others, **kwargs), x) if is_slab(x) else func(x, *others, **kwargs)
 
     return call
 

@@ -18,7 +18,7 @@ from credit.domain_parallel.rules.along import elsewhere
 from credit.domain_parallel.rules.pointwise import pointwise
 from credit.domain_parallel.rules.reductions import amax, mean, sum_
 from credit.domain_parallel.rules.windows import fetch, per_axis, with_axis
-from credit.domain_parallel.slab import RULES, Slab, parts_of, rank_of, refuse, rule
+from credit.domain_parallel.slab import RULES, Slab, is_slab, parts_of, rank_of, refuse, rule
 
 MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -115,7 +115,7 @@ def _recount(y: Any, x: Slab, axes: int, k: list, s: list, p: list, include: boo
         if divisor is not None:
             factors = torch.full_like(factors, k[i] / (divisor if i == 0 else 1))
         shape = [-1 if a == axis else 1 for a in range(x.ndim)]
-        if isinstance(y, Slab):
+        if is_slab(y):
             mine = own(factors, 0, y) if axis == y.cut else factors
             y = y.like(y.local * mine.to(y.dtype).view(shape))
         else:
@@ -303,7 +303,7 @@ def channel_shuffle(input: Slab, groups: int) -> Slab:
 def grid_sample(input: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Any input row may be read: the field is made whole, the output is cut as the grid is."""
     input = whole(input)
-    if not isinstance(grid, Slab):
+    if not is_slab(grid):
         return F.grid_sample(input, grid, *args, **kwargs)
     if grid.cut == 0:
         return grid.like(F.grid_sample(own(input, 0, grid), grid.local, *args, **kwargs), 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import AllExtreme, AllSum, whole
-from credit.domain_parallel.slab import RULES, Slab, refuse, rule, torch_functions
+from credit.domain_parallel.slab import RULES, Slab, is_slab, refuse, rule, torch_functions
 
 Dims = int | Sequence[int] | None
 
@@ -71,7 +71,7 @@ for _func in torch_functions("amin"):
 def _logical(func: Any, extreme: Any) -> Any:
     def rule_(x: Slab, dim: Any = None, keepdim: bool = False) -> Any:
         truth = extreme(x.like(x.local.ne(0).to(torch.uint8)), dim, keepdim)
-        return truth.like(truth.local.bool()) if isinstance(truth, Slab) else truth.bool()
+        return truth.like(truth.local.bool()) if is_slab(truth) else truth.bool()
 
     return rule_
 

@@ -19,7 +19,7 @@ from credit.domain_parallel.partition import Partition, Rows, make_plan
 from credit.domain_parallel.regroup import regroup
 from credit.domain_parallel.reshard import cut_along, recut, reshard, select, whole
 from credit.domain_parallel.rules.pointwise import align, lead, result, updated, writable
-from credit.domain_parallel.slab import RULES, Slab, parts_of, refuse, rule
+from credit.domain_parallel.slab import RULES, Slab, is_slab, parts_of, rank_of, refuse, rule
 
 
 def _sizes(shape: tuple) -> tuple[int, ...]:
@@ -38,9 +38,11 @@ def view(x: Slab, *shape: Any, **kwargs: Any) -> Any:
     if kwargs or isinstance(shape[0], torch.dtype):
         refuse("view as another dtype", "its rows would be reinterpreted")
     y = reshape(x, *shape)
+    if not is_slab(y) or isinstance(y._local, Slab):  # a slab within this one has seen to it
+        return y
     # A view shares memory with its base; where rows were exchanged it cannot.
-    shares = isinstance(y, Slab) and y._local.untyped_storage().data_ptr() == x._local.untyped_storage().data_ptr()
-    return y if shares or not isinstance(y, Slab) else y.remember_source(x)
+    shares = y._local.untyped_storage().data_ptr() == x._local.untyped_storage().data_ptr()
+    return y if shares else y.remember_source(x)
 
 
 @rule("reshape")
@@ -133,7 +135,7 @@ def expand(x: Slab, *sizes: Any) -> Slab:
 
 @rule("expand_as")
 def expand_as(x: Tensor, other: Tensor) -> Any:
-    return expand(x, tuple(other.shape)) if isinstance(x, Slab) else x.expand(tuple(other.shape))
+    return expand(x, tuple(other.shape)) if is_slab(x) else x.expand(tuple(other.shape))
 
 
 @rule("repeat", "tile")
@@ -175,6 +177,12 @@ def rows_at(x: Slab, rows: Sequence[int | None]) -> Any:
 def narrow_to(x: Slab, dim: int, start: int, stop: int) -> Any:
     if dim != x.cut:
         return x.like(x.local.narrow(dim, start, stop - start))
+    p = x.partition
+    turn = p.rows * p.inner  # one of the outer entries, such as the queries of fused queries, keys and values
+    if p.outer > 1 and start < stop and start % turn == stop % turn == 0:
+        mine = p.size(rank_of(x)) // p.outer
+        local = x.local.narrow(dim, start // turn * mine, (stop - start) // turn * mine)
+        return x.like(local, partition=Partition(p.rows, p.parts, (stop - start) // turn, p.inner))
     y = rows_at(x, range(start, stop))
     return y if y is x else _sliced(x, y, is_view=True)
 
@@ -232,7 +240,7 @@ def tensor_split(x: Slab, sections: Any, dim: int = 0) -> Any:
 @rule("cat", "concat", "concatenate")
 def cat(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
     # An empty 1-D tensor is skipped, as torch does.
-    tensors = [x for x in tensors if isinstance(x, Slab) or x.shape != (0,)]
+    tensors = [x for x in tensors if is_slab(x) or x.shape != (0,)]
     like = lead(list(tensors))
     dim %= like.ndim
     if dim != like.cut:
@@ -242,7 +250,7 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
     mine = target.range(like.manager.domain_rank)
     pieces, top = [], 0
     for x in tensors:
-        if isinstance(x, Slab):
+        if is_slab(x):
             x = x if x.cut == dim else reshard(x, dim)
             pieces.append(_share(x, top, target))
         else:
@@ -282,7 +290,7 @@ def broadcast_tensors(*tensors: Any, **kwargs: Any) -> Any:
 
 @rule("__getitem__")
 def getitem(x: Tensor, index: Any) -> Any:
-    if not isinstance(x, Slab):
+    if not is_slab(x):
         return x[_whole_index(index)]
     items = _spelled_out(x, index)
     if items is None:
@@ -303,12 +311,12 @@ def getitem(x: Tensor, index: Any) -> Any:
     rest = (*items[:at], slice(None), *items[at + 1 :])
     if y is x:
         return _index_others(x, rest)
-    return _sliced(x, _index_others(y, rest) if isinstance(y, Slab) else y[rest], is_view)
+    return _sliced(x, _index_others(y, rest) if is_slab(y) else y[rest], is_view)
 
 
 def _sliced(x: Slab, y: Any, is_view: bool) -> Any:
     """`y`, whose rows are a copy of rows of `x`: where torch makes a view, neither may be changed in place."""
-    if is_view and isinstance(y, Slab):
+    if is_view and is_slab(y):
         return y.remember_source(x)
     if is_view:
         x.copies.append((y, y._version))
@@ -324,7 +332,7 @@ def _spelled_out(x: Slab, index: Any) -> list | None:
     items = list(index) if isinstance(index, tuple) else [index]
     if any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) and i.ndim > 1 for i in items):
         return None
-    items = [int(i) if isinstance(i, Tensor) and i.ndim == 0 and not isinstance(i, Slab) else i for i in items]
+    items = [int(i) if isinstance(i, Tensor) and i.ndim == 0 and not is_slab(i) else i for i in items]
     used = sum(i is not None and i is not Ellipsis for i in items)
     if not any(i is Ellipsis for i in items):
         items.append(Ellipsis)
@@ -362,7 +370,7 @@ def _to_meta(item: Any) -> Any:
 
 @rule("__setitem__")
 def setitem(x: Tensor, index: Any, value: Any) -> None:
-    if not isinstance(x, Slab):
+    if not is_slab(x):
         x[_whole_index(index)] = whole(value)
         return
     x.copies = [(y, version) for y, version in x.copies if y is not value]  # x[0] += 1 assigns what it changed

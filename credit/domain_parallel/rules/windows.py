@@ -11,8 +11,8 @@ from torch import Tensor
 from credit.domain_parallel.halo_conv import Geometry, halo_conv, keeps_rows
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, Span, TransposedWindow, Window, make_plan
-from credit.domain_parallel.reshard import other_axis, reshard, whole
-from credit.domain_parallel.slab import Slab, parts_of, rank_of, refuse, rule
+from credit.domain_parallel.reshard import is_dealt_evenly, other_axis, part, reshard, whole
+from credit.domain_parallel.slab import Slab, is_slab, parts_of, rank_of, refuse, rule
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -50,12 +50,17 @@ def conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    if not isinstance(input, Slab):
+    if not is_slab(input):
         refuse("a convolution whose weight is a field", "it has no rule")
     axes, axis = spatial(input, weight)
     convolve = CONV[axes]
     if axis < 0 and input.cut == 0 and input.ndim == axes + 2:
         return input.like(convolve(input.local, weight, bias, stride, padding, dilation, groups))
+    if axis == -1 and is_dealt_evenly(input, groups):
+        target = Partition(weight.shape[0], parts_of(input))
+        weight, bias = (w if w is None else part(w, 0, target, rank_of(input)) for w in (weight, bias))
+        y = convolve(input.local, weight, bias, stride, padding, dilation, groups // parts_of(input))
+        return input.like(y, partition=target)
     if axis < 0:
         input = whole_channels(input, "a convolution")
         axis = input.cut - (input.ndim - axes)
@@ -133,7 +138,7 @@ def conv_transpose(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Any:
-    if not isinstance(input, Slab):
+    if not is_slab(input):
         refuse("a convolution whose weight is a field", "it has no rule")
     axes, axis = spatial(input, weight)
     convolve = CONV_TRANSPOSE[axes]

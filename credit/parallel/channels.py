@@ -1,0 +1,112 @@
+"""A tensor of which every tensor-parallel rank holds its channels, and which a block takes for the whole.
+
+What stands between the column layer and the row layer of a block works on `Channels`: the shape is that of all
+channels, the values are this rank's. The rules are those of `Slab`, so an operation either needs no other channels
+(pointwise, attention by heads, depthwise convolution, group norm by whole groups, rearranging axes), or it would
+move channels between ranks, and is refused. Under domain parallelism the local tensor is a `Slab` of rows.
+
+Gradients (Shoeybi et al. 2019, Megatron-LM): whatever is whole and meets a rank's channels (the input of the column
+layer, a weight, a position bias) gets a part of its cotangent on every rank, and the parts are summed; what the row
+layer adds up over ranks hands its cotangent to all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils import _pytree
+
+from credit.domain_parallel.slab import COMPOSITE, RULES, Slab, name_of, refuse, rules_of, running
+
+
+class ChannelGroup:
+    """The ranks that share a tensor's channels, as `Slab` asks for them. It moves nothing: rules that would, stop."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self.domain_world_size = mesh.size()
+        self.domain_rank = mesh.get_local_rank()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("domain_group", "traffic", "global_rank"):
+            refuse(running(), "it would move channels between ranks")
+        raise AttributeError(name)
+
+    def __deepcopy__(self, memo: dict) -> ChannelGroup:
+        return self
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """The sum of the ranks' `partial`, on all of them."""
+        return _on_rows(_Sum, partial, self.mesh)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """`x`, of which each rank will use a part: the parts of its cotangent are summed."""
+        return _on_rows(_Spread, x, self.mesh) if x.requires_grad and torch.is_grad_enabled() else x
+
+
+def _on_rows(function: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
+    return x.like(function.apply(x.local, mesh)) if isinstance(x, Slab) else function.apply(x, mesh)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, mesh: DeviceMesh) -> Tensor:
+        total = partial.contiguous().clone()
+        dist.all_reduce(total, group=mesh.get_group())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(grad, ctx.mesh), None
+
+
+class Channels(Slab):
+    """This rank's channels of a tensor; `manager` is a `ChannelGroup`."""
+
+    described: ClassVar[str] = "channels cut over tensor-parallel ranks"
+    remedy: ClassVar[str] = (
+        "Between _tp_col and _tp_row only operations may stand that keep to a rank's channels (whole heads, whole "
+        "groups; fused projections are declared as _tp_fused). Change the block, or use tensor: 1."
+    )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        rule = RULES.get(func)
+        if rule == func:  # asked of the tensor itself: its shape, its type
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        with rules_of(cls, func):
+            rule = rule or COMPOSITE.get(func)
+            if rule is None:
+                refuse(name_of(func), "it has no rule for them")
+            group = _group_of(args, kwargs)
+            args, kwargs = _pytree.tree_map_only(Tensor, lambda x: _enter(x, group), (args, kwargs))
+            return rule(*args, **kwargs)
+
+
+# As for Slab: opt_einsum picks the functions it calls by the name of the tensor's module.
+Channels.__module__ = "torch"
+
+
+def _group_of(args: tuple, kwargs: dict) -> Any:
+    return next(x.manager for x in _pytree.tree_iter((args, kwargs)) if isinstance(x, Channels))
+
+
+def _enter(x: Tensor, group: ChannelGroup) -> Tensor:
+    return x if isinstance(x, Channels) else group.spread(x)
