@@ -100,6 +100,31 @@ class UNet(_Block):
         return self
 
 
+class Transformer(_Block):
+    """`credit.models.transformer.WindowTransformer`."""
+
+    name: Literal["transformer"]
+    width: Annotated[int, Field(ge=2, multiple_of=2)] = 64
+    """Channels of the blocks, on the halved grid."""
+    depth: Annotated[int, Field(ge=1)] = 4
+    """Number of blocks."""
+    heads: Annotated[int, Field(ge=1)] = 4
+    """Heads of attention; must divide `width`, and `trainer.parallelism.tensor` must divide them."""
+    window: Annotated[int, Field(ge=1)] = 4
+    """Rows and columns of an attention window."""
+    ratio: Annotated[int, Field(ge=1)] = 4
+    """Width of the mlp over `width`."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Transformer:
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        return self
+
+
+Model = Annotated[UNet | Transformer, Field(discriminator="name")]
+
+
 class Parallelism(_Block):
     """Ranks of the mesh (dp, tp, domain); dp is what the world leaves over."""
 
@@ -123,8 +148,24 @@ class Trainer(_Block):
     amp: Literal["none", "bf16"] = "none"
     dtype: Literal["float32", "float64"] = "float32"
     seed: int = 0
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Parts of a batch that are computed one after another, to save memory: the same numbers."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, which validation and forecasts then use."""
+    activation_checkpointing: bool = False
+    """Keep the inputs of blocks alone, and compute the rest again in the backward: less memory, more time."""
+    shard_over: Literal["dp_domain", "dp"] = "dp_domain"
+    """The ranks over which fsdp2 shards parameters and optimiser states."""
+    reshard_after_forward: bool = True
+    """fsdp2: drop gathered parameters after the forward of their block; false saves traffic and costs memory."""
+    prefetch: Annotated[int, Field(ge=0)] = 0
+    """fsdp2: blocks whose parameters are gathered ahead of the one that computes."""
+    init_from: str | None = None
+    """Weights to start from: a file that `credit export` wrote, or any state dict of the plain model."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     """Steps between checkpoints; there is one at the end too."""
+    checkpoint_async: bool = False
+    """Write checkpoints in the background, from a copy in memory."""
     timeout: Annotated[float, Field(gt=0)] = 600
     """Seconds after which a rank stops waiting for its peers."""
 
@@ -149,7 +190,7 @@ class Config(_Block):
     run: Path
     """The run directory (relative to the working directory): everything is written there and nowhere else."""
     data: Data
-    model: UNet
+    model: Model
     trainer: Trainer
     forecast: Forecast
 
@@ -220,13 +261,19 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
         raise ConfigError(f"{origin}: " + "; ".join(found)) from None
 
 
+_TAGS: dict[Any, Any] = {"unet": UNet, "transformer": Transformer}
+"""The kinds of model by name, which pydantic puts into the place of an error."""
+
+
 def _explain(error: Any) -> str:
-    where = ".".join(map(str, error["loc"])) or "config"
+    where = ".".join(str(key) for key in error["loc"] if key not in _TAGS) or "config"
     if error["type"] == "extra_forbidden":
         known = _keys_at(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {where}; {hint}"
+    if error["type"].startswith("union_tag"):
+        return f"{where}.name: must be one of {', '.join(_TAGS)}, got {error['input'].get('name')!r}"
     if error["type"] == "missing":
         return f"{where} is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -238,6 +285,10 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     """The keys, as written in a file, of the block at a location."""
     block: Any = Config
     for key in location:
+        if key in _TAGS:
+            block = _TAGS[str(key)]
+            continue
         fields = {field.alias or name: field.annotation for name, field in block.model_fields.items()}
-        block = next(kind for kind in (fields[str(key)], *get_args(fields[str(key)])) if hasattr(kind, "model_fields"))
+        kinds = (fields[str(key)], *get_args(fields[str(key)]))
+        block = next((kind for kind in kinds if hasattr(kind, "model_fields")), block)
     return [field.alias or name for name, field in block.model_fields.items()]

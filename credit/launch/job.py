@@ -107,11 +107,6 @@ def checked_mesh_shape(config: Config, world_size: int) -> MeshShape:
         CreditError: if the config cannot be laid out on them.
     """
     parallelism = config.trainer.parallelism
-    if parallelism.tensor > 1:
-        raise ConfigError(
-            f"trainer.parallelism.tensor is {parallelism.tensor}, but the model {config.model.name!r} has no "
-            f"tensor-parallel layers: use tensor: 1"
-        )
     try:
         shape = mesh_shape(parallelism.model_dump(), world_size)
     except ValueError as error:

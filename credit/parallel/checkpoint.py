@@ -2,60 +2,212 @@
 
 A checkpoint is a directory `step-00000100` with a manifest of the sizes and digests of its files. It is written
 under another name and renamed when it is complete, so what has the right name is whole. It can be read back on
-any mesh: parameters are stored under the plain model's names.
+any mesh: parameters, optimiser states and averages are stored whole, under the plain model's names, each rank writing
+the pieces that it holds (see `credit.parallel.pieces`). Samplers, learning rates and random numbers are functions of
+the step, so the step is all there is to store of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import pickle
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
+    get_optimizer_state_dict,
 )
 from torch.optim import Optimizer
 
 from credit.errors import CheckpointError
 from credit.parallel.collectives import gather_objects, together
+from credit.parallel.ema import EMA
+from credit.parallel.pieces import Pieces, in_pieces, whole
 
 MANIFEST = "manifest.json"
 KEEP = 2
 
 
-def save_checkpoint(directory: Path, step: int, model: nn.Module, optimizer: Optimizer, facts: dict[str, Any]) -> Path:
-    """Write `directory`/step-... and drop all but the last two. Called by all ranks.
+class Checkpointer:
+    """Writes the checkpoints of one run, and reads them.
 
     Args:
+        directory: of the run's checkpoints.
+        model, optimizer, ema: what is stored. The optimiser and the average may be None when only weights are read.
         facts: small and JSON; kept in the manifest, the same on all ranks.
+        in_background: copy the state and go on while a thread writes it. An error comes up at the next `save`, `wait`
+            or `close`, on all ranks alike.
     """
+
+    def __init__(
+        self,
+        directory: Path,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        ema: EMA | None = None,
+        facts: dict[str, Any] | None = None,
+        in_background: bool = False,
+    ) -> None:
+        self.directory, self.facts = directory, facts or {}
+        self.model, self.optimizer, self.ema = model, optimizer, ema
+        self._thread = ThreadPoolExecutor(1) if in_background else None
+        # Messages of the thread must not get between those of the training: they have a group of their own.
+        several = dist.is_initialized() and in_background
+        self._group = dist.new_group(backend="gloo") if several else None
+        self._pending: Future | None = None
+
+    def save(self, step: int) -> None:
+        """Write `directory`/step-... and drop all but the last two. Called by all ranks."""
+        self.wait()
+        state = self._state()
+        if self._thread is None:
+            _write(self.directory, step, state, self.facts, None)
+            return
+        copied = {block: {name: _copy(value) for name, value in values.items()} for block, values in state.items()}
+        self._pending = self._thread.submit(_write, self.directory, step, copied, self.facts, self._group)
+
+    def wait(self) -> None:
+        """Return once the checkpoint being written is complete.
+
+        Raises:
+            CreditError: on every rank, if writing it failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+
+    def load(self, path: Path, averaged: bool = False) -> None:
+        """Read a checkpoint into the model, and into the optimiser and the average if there are any. On any mesh.
+
+        Args:
+            averaged: read the average, where the checkpoint has one, as the model's weights.
+
+        Raises:
+            CheckpointError: on every rank, naming the parameter that does not fit.
+        """
+        with together(f"reading the checkpoint {path}"):
+            state = self._state()
+            if averaged and _has_average(path):
+                state = {"average": state["model"]}
+            try:
+                _quietly(dcp.load, state, checkpoint_id=path)
+            except (dcp.api.CheckpointException, ValueError, RuntimeError) as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise CheckpointError(f"{path} does not fit the model: {reason}. Was it of another config?") from None
+            # Tensors were read into in place; an optimiser that had no state yet was given one of zeros.
+
+    def _state(self) -> dict[str, dict[str, Any]]:
+        """Everything by block and name, in the pieces that this rank holds."""
+        state = {"model": in_pieces(self.model, get_model_state_dict(self.model))}
+        if self.optimizer is not None:
+            of_optimizer: Any = get_optimizer_state_dict(self.model, self.optimizer)["state"]
+            flat = {f"{name}.{kind}": value for name, kinds in of_optimizer.items() for kind, value in kinds.items()}
+            state["optimizer"] = in_pieces(self.model, flat)
+        if self.ema is not None:
+            state["average"] = in_pieces(self.model, self.ema.average)
+        return state
+
+
+def _write(directory: Path, step: int, state: dict[str, Any], facts: dict[str, Any], group: Any) -> None:
     final = directory / f"step-{step:08d}"
     partial = directory / f".{final.name}.partial"
-    with together("preparing a checkpoint"):
+    with together("preparing a checkpoint", group):
         if _rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-    with together(f"writing the checkpoint {final}"):
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        _quietly(dcp.save, {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial)
-    files = {name: entry for share in gather_objects(_digests(_share(partial))) for name, entry in share.items()}
-    with together(f"completing the checkpoint {final}"):
+    with together(f"writing the checkpoint {final}", group):
+        _quietly(dcp.save, state, checkpoint_id=partial, process_group=group)
+    digests = gather_objects(_digests(_share(partial)), group)
+    files = {name: entry for share in digests for name, entry in share.items()}
+    with together(f"completing the checkpoint {final}", group):
         if _rank() == 0:
-            manifest = {"step": step, "facts": facts, "files": dict(sorted(files.items()))}
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            partial.rename(final)
-            for old in list_checkpoints(directory)[:-KEEP]:
-                shutil.rmtree(old)
-    return final
+            _complete(partial, final, {"step": step, "facts": facts, "files": dict(sorted(files.items()))})
+
+
+def _complete(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Give a checkpoint its manifest and its name, and remove older ones."""
+    with (partial / MANIFEST).open("w") as stream:
+        json.dump(manifest, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if final.exists():  # damaged, or this run was taken back to an older one
+        _remove(final)
+    partial.rename(final)
+    for old in list_checkpoints(final.parent)[:-KEEP]:
+        _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take its name away first: a kill half-way must not leave something that looks whole."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Pieces):
+        return value.clone()
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
+
+
+def _has_average(path: Path) -> bool:
+    names = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return any(name.startswith("average.") for name in names)
+
+
+def export_plain(model: nn.Module, path: Path, state: dict[str, Any] | None = None) -> None:
+    """Write the plain model's state dict into one file that `torch.load` reads. Called by all ranks.
+
+    Args:
+        model: on any mesh.
+        state: in its place, as `get_model_state_dict(model)` or `EMA.average` is.
+    """
+    pieces = in_pieces(model, get_model_state_dict(model) if state is None else state)
+    # One tensor at a time is made whole, so that no rank but the first holds them all.
+    plain = {name: full.cpu() for name, value in pieces.items() if (full := whole(value)) is not None and _rank() == 0}
+    with together(f"writing {path}"):
+        if _rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.partial")
+            torch.save(plain, partial)
+            partial.rename(path)
+
+
+def load_plain(model: nn.Module, path: Path) -> None:
+    """Read a plain state dict into a plain model, on any number of ranks, before it is laid out on a mesh.
+
+    Raises:
+        CheckpointError: naming the file, and what is missing, unknown or of another shape.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        model.load_state_dict(state)
+    except OSError as error:
+        raise CheckpointError(f"cannot read the weights {path}: {error.strerror or error}") from None
+    except (RuntimeError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:600]
+        raise CheckpointError(f"{path} does not hold this model's weights: {reason}") from None
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -76,25 +228,26 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         return _verify(path)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
-    """Read a checkpoint into `model`, and `optimizer` unless it is None. Called by all ranks, on any mesh.
+def newest_good_checkpoint(directory: Path, say: Any = print) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose files are what its manifest says, and its facts. Called by all ranks.
+
+    Args:
+        say: is told of each damaged one that is passed over.
 
     Raises:
-        CheckpointError: on every rank, naming the parameter that does not fit.
+        CheckpointError: on every rank, if there are checkpoints and all are damaged, or the ranks see different ones.
     """
-    with together(f"reading the checkpoint {path}"):
-        state: dict[str, Any] = {"model": get_model_state_dict(model)}
-        if optimizer is not None:
-            state["model"], state["optimizer"] = get_state_dict(model, optimizer)
+    found = gather_objects([path.name for path in list_checkpoints(directory)])
+    if any(names != found[0] for names in found):
+        raise CheckpointError(f"the ranks see different checkpoints in {directory}: {found}. Do they share the disk?")
+    for name in reversed(found[0]):
         try:
-            _quietly(dcp.load, state, checkpoint_id=path)
-        except (dcp.api.CheckpointException, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise CheckpointError(f"{path} does not fit the model: {reason}. Was it of another config?") from None
-        if optimizer is None:
-            set_model_state_dict(model, state["model"])
-        else:
-            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+            return directory / name, verify_checkpoint(directory / name)
+        except CheckpointError as error:
+            say(f"{error}; going back")
+    if found[0]:
+        raise CheckpointError(f"every checkpoint in {directory} is damaged: remove them to start again")
+    return None
 
 
 def _verify(path: Path) -> dict[str, Any]:
@@ -104,17 +257,11 @@ def _verify(path: Path) -> dict[str, Any]:
     present = {file.name for file in path.iterdir()}
     for name, (size, digest) in manifest["files"].items():
         if name not in present:
-            raise CheckpointError(f"{path} is damaged: {name} is missing. {_way_back(path)}")
+            raise CheckpointError(f"{path} is damaged: {name} is missing")
         if name in found and found[name] != [size, digest]:
             what = f"has {found[name][0]} bytes of {size}" if found[name][0] != size else "has changed"
-            raise CheckpointError(f"{path} is damaged: {name} {what}. {_way_back(path)}")
+            raise CheckpointError(f"{path} is damaged: {name} {what}")
     return manifest["facts"]
-
-
-def _way_back(path: Path) -> str:
-    older = [one for one in list_checkpoints(path.parent) if one < path]
-    then = f"continue from {older[-1].name}" if older else "start again"
-    return f"Delete {path} to {then}"
 
 
 def _share(path: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ BUCKET_BYTES = 25 * 2**20
 
 
 @contextmanager
-def together(what: str) -> Iterator[None]:
+def together(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run the body on every rank, and let it fail on all ranks if it fails on one.
 
     Without this, the rank that meets a missing file stops while its peers wait for it.
@@ -35,7 +36,7 @@ def together(what: str) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    said = gather_objects(None if error is None else _say(error))
+    said = gather_objects(None if error is None else _say(error), group)
     if any(said):
         share_failure(said, what, error)
 
@@ -58,12 +59,12 @@ def _say(error: Exception) -> str:
     return str(error) if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {error}"
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """`value` of every rank, on every rank."""
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """`value` of every rank of `group` (all by default), on every rank."""
     if not dist.is_initialized():
         return [value]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 
@@ -96,33 +97,36 @@ def allreduce_grads_avg(parameters: Iterable[nn.Parameter], group: dist.ProcessG
     """Average gradients over `group`, in place, in buckets of at most 25 MiB of one dtype.
 
     A DTensor's local shard is averaged: the ranks of `group` must hold the same shard. A parameter without a
-    gradient on this rank counts as zero, so that all ranks reduce the same buckets.
+    gradient on this rank counts as zero, so that all ranks reduce the same buckets; one without a gradient on any rank
+    stays without, so that no weight decay falls on what a model does not use.
     """
     if group is None:
         return
-    grads = []
-    for parameter in parameters:
-        if parameter.requires_grad:
+    for bucket in _buckets(parameter for parameter in parameters if parameter.requires_grad):
+        used = torch.tensor([parameter.grad is not None for parameter in bucket]).to(local(bucket[0]))
+        for parameter in bucket:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            grads.append(local(parameter.grad))
-    for bucket in _buckets(grads):
-        flat = torch.cat([grad.reshape(-1) for grad in bucket])
+        grads = [local(parameter.grad) for parameter in bucket if parameter.grad is not None]
+        flat = torch.cat([*(grad.reshape(-1) for grad in grads), used])
         dist.all_reduce(flat, group=group)
-        flat /= group.size()
-        for grad, mean in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+        *means, used = (flat / group.size()).split([*(grad.numel() for grad in grads), len(used)])
+        for parameter, grad, mean, share in zip(bucket, grads, means, used.tolist(), strict=True):
             grad.copy_(mean.view_as(grad))
+            if share == 0:
+                parameter.grad = None
 
 
-def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
     size = 0
-    for grad in grads:
-        if bucket and (grad.dtype != bucket[0].dtype or size + grad.nbytes > BUCKET_BYTES):
+    for parameter in parameters:
+        mine = local(parameter)
+        if bucket and (mine.dtype != bucket[0].dtype or size + mine.nbytes > BUCKET_BYTES):
             yield bucket
             bucket, size = [], 0
-        bucket.append(grad)
-        size += grad.nbytes
+        bucket.append(parameter)
+        size += mine.nbytes
     if bucket:
         yield bucket
 
@@ -130,3 +134,47 @@ def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
 def sync_domain_gradients(model: nn.Module, manager: DomainParallelManager | None) -> None:
     """Average gradients across the domain group, for models that neither DDP nor FSDP2 reduces."""
     allreduce_grads_avg(model.parameters(), manager.domain_group if manager is not None else None)
+
+
+def copies(tensor: Tensor) -> int:
+    """How many ranks hold the same part of `tensor`: all of them, over those that it is sharded on."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if not isinstance(tensor, DTensor):
+        return world
+    sharded = [
+        n
+        for n, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+        if not placement.is_replicate()
+    ]
+    return world // prod(sharded)
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale gradients in place so that the 2-norm of all of them, over all ranks and meshes, is at most `max_norm`.
+
+    torch.nn.utils.clip_grad_norm_ refuses gradients on several meshes. Here every rank adds up the squares of what it
+    holds, over the number of ranks that hold the same; one scalar is summed over the world.
+
+    Args:
+        parameters: plain, or DTensors on any mesh; already reduced over the ranks that average gradients.
+        max_norm: None leaves the gradients as they are.
+
+    Returns:
+        The norm before, as a scalar, the same on all ranks.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    by_copies: dict[int, list[Tensor]] = {}
+    for grad in grads:
+        by_copies.setdefault(copies(grad), []).append(local(grad))
+    device = local(grads[0]).device
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    for shared_by, mine in by_copies.items():
+        norms = torch.stack(torch._foreach_norm(mine))
+        squares += norms.double().square().sum() / shared_by
+    norm = all_sum(squares).sqrt()
+    if max_norm is not None:
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for mine in by_copies.values():
+            torch._foreach_mul_(mine, scale.to(mine[0].dtype))
+    return norm

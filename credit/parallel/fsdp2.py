@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
+from credit.domain_parallel.layers import become
 from credit.domain_parallel.slab import show_rows_to_hooks
 
 BLOCKS = ("Transformer", "UpBlock", "UpBlockPS")
@@ -32,24 +36,65 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: dict) -> nn.
     """Shard parameters, gradients and optimiser states over `dp_mesh`: blocks first, then the rest. In place.
 
     Args:
-        model: the model, already converted for domain parallelism.
+        model: the model, already cut by channel and converted for domain parallelism.
         dp_mesh: 1-D; a 2-D mesh would mean hybrid sharding to FSDP2, so flatten dp x domain first
             (`gradient_mesh`). None shards over all ranks.
-        conf: the whole config; `trainer.amp: bf16` computes in bfloat16 and reduces in float32.
+        conf: the whole config. Of `trainer`: `amp: bf16` computes in bfloat16 and reduces in float32;
+            `activation_checkpointing` keeps the inputs of blocks alone and runs them again in the backward;
+            `reshard_after_forward: false` keeps the gathered parameters for the backward, for less traffic and
+            more memory; `prefetch: n` gathers the parameters of the next n blocks while one computes.
     """
-    amp = (conf.get("trainer") or {}).get("amp", "none")
-    bf16: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if amp == "bf16" else {}
-    declared = tuple(getattr(model, "fsdp_blocks", ()))
-    for module in list(model.modules()):
-        if module is not model and (type(module).__name__ in BLOCKS or isinstance(module, declared)):
-            fully_shard(module, mesh=dp_mesh, mp_policy=MixedPrecisionPolicy(**bf16))
-            show_rows_to_hooks(module)
+    trainer = conf.get("trainer") or {}
+    bf16: dict[str, Any] = {}
+    if trainer.get("amp") == "bf16":
+        bf16 = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    reshard = trainer.get("reshard_after_forward", True)
+    blocks = fsdp_blocks(model)
+    if trainer.get("activation_checkpointing"):
+        recompute_activations(blocks)
+    for block in reversed(blocks):  # those within others first
+        fully_shard(block, mesh=dp_mesh, mp_policy=MixedPrecisionPolicy(**bf16), reshard_after_forward=reshard)
+        show_rows_to_hooks(block)
     # Only the whole model answers in float32: a block's output is the next block's bfloat16 input.
     output: dict[str, Any] = {"output_dtype": torch.float32} if bf16 else {}
     fully_shard(model, mesh=dp_mesh, mp_policy=MixedPrecisionPolicy(**bf16, **output))
+    for i, block in enumerate(blocks if trainer.get("prefetch") else ()):
+        cast(FSDPModule, block).set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + trainer["prefetch"]])  # type: ignore[arg-type]
     return model
+
+
+def fsdp_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of `model`, in its order: of a class named in `BLOCKS`, or that it lists in `fsdp_blocks`."""
+    declared = tuple(getattr(model, "fsdp_blocks", ()))
+    return [
+        module
+        for module in model.modules()
+        if module is not model and (type(module).__name__ in BLOCKS or isinstance(module, declared))
+    ]
+
+
+def recompute_activations(blocks: Sequence[nn.Module]) -> None:
+    """Keep only the inputs of these blocks; what their backward needs is computed again. Names stay."""
+    inside = {child for block in blocks for child in block.modules() if child is not block}
+    for block in blocks:
+        if block not in inside:
+            become(block, _Recomputed)
+
+
+class _Recomputed(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
 
 
 def apply_ddp(model: nn.Module, dp_mesh: DeviceMesh) -> nn.Module:
     """Replicate the model over `dp_mesh`; rank 0's weights are sent to all, gradients are averaged."""
     return DistributedDataParallel(model, process_group=dp_mesh.get_group())
+
+
+@contextmanager
+def synchronize_gradients(model: nn.Module, last: bool) -> Iterator[None]:
+    """Around the backward of one of several batches whose gradients add up: only the `last` one's are reduced."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
+        yield

@@ -17,7 +17,7 @@ from credit.data.sampler import DataParallelSampler
 from credit.domain_parallel import gather_tensor
 from credit.errors import CheckpointError
 from credit.launch.job import Job
-from credit.parallel.checkpoint import list_checkpoints, load_checkpoint, verify_checkpoint
+from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
 from credit.parallel.collectives import together, wait_for_all
 from credit.training.log import Progress
 from credit.training.setup import open_store, prepare_model
@@ -60,12 +60,8 @@ def forecast(job: Job) -> Path:
         steps = config.forecast.lead_hours // config.data.step_hours
         starts = store.starts(config.data.test, config.data.step_hours, steps, config.data.gaps)
         starts = starts[:: config.forecast.every]
-        newest = next(reversed(list_checkpoints(config.run / "checkpoints")), None)
-        if newest is None:
-            raise CheckpointError(f"there is no checkpoint in {config.run / 'checkpoints'}: run `credit train` first")
     model = prepare_model(job, fields).eval()
-    refuse_other_run(verify_checkpoint(newest), run_facts(config))
-    load_checkpoint(newest, model)
+    newest = load_newest(job, model)
     path = forecast_path(config.run)
     partial = path.with_name(f".{path.name}.partial")
     with together("creating the forecast store"):
@@ -78,7 +74,7 @@ def forecast(job: Job) -> Path:
         states = roll_out(model, fields, starts[[index]], steps, job.device, getattr(torch, config.trainer.dtype))
         for lead, state in enumerate(states):
             whole = gather_tensor(state.contiguous(), -2, job.manager)
-            if weight and job.coords.domain == 0:
+            if weight and job.coords.domain == job.coords.tp == 0:
                 _write(partial, fields, index, lead, whole)
         progress.advance()
     wait_for_all()
@@ -87,6 +83,18 @@ def forecast(job: Job) -> Path:
             shutil.rmtree(path, ignore_errors=True)
             partial.rename(path)
     job.say(f"{len(starts)} forecasts of {config.forecast.lead_hours} h from {newest} -> {path}")
+    return path
+
+
+def load_newest(job: Job, model: nn.Module) -> Path:
+    """Read the weights of the newest good checkpoint of the config's run, averaged ones if there are; its path."""
+    directory = job.config.run / "checkpoints"
+    newest = newest_good_checkpoint(directory, job.say)
+    if newest is None:
+        raise CheckpointError(f"there is no checkpoint in {directory}: run `credit train` first")
+    path, facts = newest
+    refuse_other_run(facts, run_facts(job.config))
+    Checkpointer(directory, model).load(path, averaged=True)
     return path
 
 

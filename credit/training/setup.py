@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,12 +12,12 @@ from credit.data.dataset import Fields
 from credit.data.prepare import load_fields_statistics, make_built_in, store_path
 from credit.data.statistics import Statistics
 from credit.data.store import FieldStore
-from credit.domain_parallel import convert_to_domain_parallel
 from credit.errors import ConfigError, CreditError
 from credit.launch.job import Job
 from credit.models import DOMAIN_CONVERTERS, build_model
+from credit.parallel.checkpoint import load_plain
 from credit.parallel.collectives import gather_objects, together
-from credit.parallel.fsdp2 import apply_ddp, apply_fsdp2
+from credit.parallel.parallelize import parallelize
 
 
 def open_store(job: Job) -> tuple[FieldStore, Statistics]:
@@ -50,13 +51,11 @@ def prepare_model(job: Job, fields: Fields) -> nn.Module:
         except ValueError as error:
             raise ConfigError(f"model: {error}") from None
     model = model.to(job.device, getattr(torch, config.trainer.dtype))
+    if config.trainer.init_from is not None:
+        with together("reading trainer.init_from"):
+            load_plain(model, Path(config.trainer.init_from))
     _refuse_unequal_weights(model)
-    model = convert_to_domain_parallel(model, job.manager, custom_converters=DOMAIN_CONVERTERS)
-    if job.gradient_mesh is not None and config.trainer.parallelism.data == "fsdp2":
-        return apply_fsdp2(model, job.gradient_mesh, config.to_dict())
-    if job.gradient_mesh is not None and config.trainer.parallelism.data == "ddp":
-        return apply_ddp(model, job.gradient_mesh)
-    return model
+    return parallelize(model, job.mesh, config.to_dict(), job.manager, DOMAIN_CONVERTERS)
 
 
 def _refuse_unequal_weights(model: nn.Module) -> None:

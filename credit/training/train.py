@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +16,13 @@ from torch.utils.data import DataLoader
 from credit.config import Config, Trainer
 from credit.data.dataset import Fields, StepDataset
 from credit.data.sampler import DataParallelSampler
-from credit.errors import CheckpointError, CreditError
+from credit.errors import CheckpointError, ConfigError, CreditError
 from credit.launch.job import Job
-from credit.parallel.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, verify_checkpoint
-from credit.parallel.collectives import (
-    all_sum,
-    any_rank,
-    gather_objects,
-    share_failure,
-    sync_domain_gradients,
-    together,
-)
+from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
+from credit.parallel.collectives import all_sum, any_rank, clip_grad_norm_, gather_objects, share_failure, together
+from credit.parallel.ema import EMA
+from credit.parallel.fsdp2 import synchronize_gradients
+from credit.parallel.parallelize import reduce_gradients
 from credit.training.log import StepLog
 from credit.training.loss import LatitudeWeightedMSE
 from credit.training.setup import open_store, prepare_model
@@ -55,6 +51,7 @@ class TrainingRun:
 
     def __init__(self, job: Job) -> None:
         self.job, self.trainer = job, job.config.trainer
+        self.conf = job.config.to_dict()
         self.dtype = getattr(torch, self.trainer.dtype)
         store, statistics = open_store(job)
         rows = job.rows(store.grid.shape[0])
@@ -69,6 +66,7 @@ class TrainingRun:
                 )
                 for period, dataset in datasets.items()
             }
+            self._check_accumulation(self.samplers["train"].share)
         self.loaders = {
             period: DataLoader(dataset, batch_sampler=self.samplers[period], collate_fn=_as_it_is)
             for period, dataset in datasets.items()
@@ -78,9 +76,24 @@ class TrainingRun:
             self.model.parameters(), lr=self.trainer.learning_rate, weight_decay=self.trainer.weight_decay
         )
         self.loss = LatitudeWeightedMSE(store.grid, rows).to(job.device)
+        self.ema = EMA(self.model, self.trainer.ema) if self.trainer.ema is not None else None
         self.steps_per_epoch = self.samplers["train"].batches
         self.steps = self.trainer.epochs * self.steps_per_epoch
-        self.checkpoints = job.config.run / "checkpoints"
+        self.checkpoints = Checkpointer(
+            job.config.run / "checkpoints",
+            self.model,
+            self.optimizer,
+            self.ema,
+            run_facts(job.config),
+            in_background=self.trainer.checkpoint_async,
+        )
+
+    def _check_accumulation(self, samples: int) -> None:
+        if samples % self.trainer.accumulate:
+            raise ConfigError(
+                f"trainer.batch_size {self.trainer.batch_size} gives {samples} samples to each of {self.job.shape.dp} "
+                f"replicas, which do not divide into trainer.accumulate: {self.trainer.accumulate} parts"
+            )
 
     def predict(self, x: Tensor) -> Tensor:
         """The model in the precision of `trainer.amp` (FSDP2 brings its own)."""
@@ -96,41 +109,54 @@ class TrainingRun:
 
     def train_step(self, batch: dict[str, Tensor], step: int) -> tuple[float, float, float]:
         """One optimiser step; (global mean loss, gradient norm, learning rate)."""
-        share = self.share_of_loss(batch) / self.trainer.batch_size
+        # Random numbers are a function of the step, so that a resumed run draws what an uninterrupted one does.
+        torch.manual_seed(hash((self.trainer.seed, step, self.job.coords.dp)) % 2**63)
         ranks = self.job.gradient_mesh.size() if self.job.gradient_mesh is not None else 1
-        (share * ranks).backward()  # averaged over `ranks`, the gradients are those of the global mean
-        if self.trainer.parallelism.data == "none":
-            sync_domain_gradients(self.model, self.job.manager)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.trainer.clip or math.inf)
+        share = torch.zeros((), dtype=torch.float64, device=self.job.device)
+        parts = self.trainer.accumulate
+        for part in range(parts):
+            with synchronize_gradients(self.model, last=part == parts - 1):
+                size = len(batch["weight"]) // parts
+                piece = {name: value[part * size : (part + 1) * size] for name, value in batch.items()}
+                loss = self.share_of_loss(piece) / self.trainer.batch_size
+                (loss * ranks).backward()  # averaged over `ranks`, the gradients are those of the global mean
+            share += loss.detach()
+        reduce_gradients(self.model, self.job.mesh, self.conf)
+        norm = clip_grad_norm_(self.model.parameters(), self.trainer.clip)
         rate = learning_rate(step, self.steps, self.trainer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return float(all_sum(share.detach().double())), float(norm), rate
+        if self.ema is not None:
+            self.ema.update()
+        return float(self.sum_of_shares(share)), float(norm), rate
+
+    def sum_of_shares(self, share: Tensor) -> Tensor:
+        """The sum over all samples and rows; tensor-parallel peers have the same share."""
+        return all_sum(share) / self.job.shape.tp
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Global mean loss over the validation period."""
+        """Global mean loss over the validation period, of the averaged weights if there are any."""
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.job.device)
-        for batch in agreed(self.loaders["valid"], self.job.device):
-            total += self.share_of_loss(batch).double()
+        with self.ema.in_place_of_weights() if self.ema is not None else nullcontext():
+            for batch in agreed(self.loaders["valid"], self.job.device):
+                total += self.share_of_loss(batch).double()
         self.model.train()
-        return float(all_sum(total)) / self.samplers["valid"].samples
+        return float(self.sum_of_shares(total)) / self.samplers["valid"].samples
 
     def resume(self) -> int:
-        """Load the newest checkpoint, if there is one; the step to go on with."""
-        newest = gather_objects(next(reversed(list_checkpoints(self.checkpoints)), None))
-        if len(set(newest)) > 1:
-            raise CheckpointError(f"the ranks see different checkpoints: {sorted(set(map(str, newest)))}")
-        if newest[0] is None:
+        """Load the newest good checkpoint, if there is one; the step to go on with."""
+        newest = newest_good_checkpoint(self.checkpoints.directory, self.job.say)
+        if newest is None:
             return 0
-        refuse_other_run(verify_checkpoint(newest[0]), run_facts(self.job.config))
-        load_checkpoint(newest[0], self.model, self.optimizer)
-        step = int(newest[0].name.removeprefix("step-"))
-        self.job.say(f"resuming from {newest[0]}" if step < self.steps else f"{newest[0]} is the last: nothing to do")
+        path, facts = newest
+        refuse_other_run(facts, self.checkpoints.facts)
+        self.checkpoints.load(path)
+        step = int(path.name.removeprefix("step-"))
+        self.job.say(f"resuming from {path}" if step < self.steps else f"{path} is the last: nothing to do")
         return step
 
     def run(self) -> Trained:
@@ -139,13 +165,6 @@ class TrainingRun:
         trained = Trained(self.model, [], [])
         self.job.config.run.mkdir(parents=True, exist_ok=True)
         log = StepLog(self.job.config.run, first, self.steps, self.job.is_first)
-        save = partial(
-            save_checkpoint,
-            self.checkpoints,
-            model=self.model,
-            optimizer=self.optimizer,
-            facts=run_facts(self.job.config),
-        )
         self.model.train()
         for epoch in range(first // self.steps_per_epoch, self.trainer.epochs):
             done = first - epoch * self.steps_per_epoch if epoch == first // self.steps_per_epoch else 0
@@ -161,12 +180,13 @@ class TrainingRun:
                 if not math.isfinite(loss):
                     raise CreditError(
                         f"the loss is {loss} at step {step + 1}: lower trainer.learning_rate, or set trainer.clip; "
-                        f"{self.checkpoints} holds the steps before"
+                        f"{self.checkpoints.directory} holds the steps before"
                     )
                 if (step + 1) % self.trainer.checkpoint_every == 0 or step + 1 == self.steps:
-                    save(step + 1)
+                    self.checkpoints.save(step + 1)
             trained.valid_loss = self.validate()
             log.epoch(epoch + 1, (epoch + 1) * self.steps_per_epoch, trained.valid_loss)
+        self.checkpoints.close()
         log.close()
         return trained
 
@@ -180,7 +200,8 @@ def run_facts(config: Config) -> dict[str, Any]:
     """What must be the same for a checkpoint to be gone on with, or forecast from."""
     conf = config.to_dict()
     data = ("variables", "levels", "statics", "forcings", "step", "train")
-    trainer = ("batch_size", "seed", "epochs", "learning_rate", "warmup_steps", "weight_decay", "clip", "dtype")
+    trainer: tuple[str, ...] = ("batch_size", "seed", "epochs", "learning_rate", "warmup_steps", "weight_decay", "clip")
+    trainer += ("dtype", "ema", "init_from")
     return {
         "model": conf["model"],
         "data": {key: conf["data"][key] for key in data},

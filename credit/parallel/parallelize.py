@@ -1,0 +1,93 @@
+"""A plain model onto a mesh, in one fixed order: channels (tp), latitudes (domain), samples and states (dp)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
+from credit.domain_parallel.manager import DomainParallelManager
+from credit.errors import ConfigError
+from credit.parallel.collectives import allreduce_grads_avg
+from credit.parallel.fsdp2 import apply_ddp, apply_fsdp2, fsdp_blocks, gradient_mesh, recompute_activations
+from credit.parallel.mesh import parse_parallelism_conf
+from credit.parallel.tensor_parallel import apply_tensor_parallel
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh | None,
+    conf: dict,
+    manager: DomainParallelManager | None = None,
+    custom_converters: Mapping[Any, Converter] | None = None,
+) -> nn.Module:
+    """Lay `model` out on `mesh` as `trainer` of the config says.
+
+    After each backward call `reduce_gradients(model, mesh, conf)`.
+
+    Args:
+        model: plain, with the same weights on all ranks.
+        mesh: from `build_device_mesh`; None for one rank.
+        conf: the whole config.
+        manager: of the mesh's domain group; made from the mesh if None.
+        custom_converters: for `convert_to_domain_parallel`.
+    """
+    parallelism, trainer = parse_parallelism_conf(conf), conf.get("trainer") or {}
+    names = (mesh.mesh_dim_names or ()) if mesh is not None else ()
+    if mesh is not None and "tp" in names:
+        model = apply_tensor_parallel(model, mesh["tp"])
+    model = convert_to_domain_parallel(
+        model, manager or DomainParallelManager.from_mesh(mesh), custom_converters=custom_converters
+    )
+    if "dp" in names:
+        _refuse_batch_norm(model)
+    over = _fsdp_mesh(mesh, trainer)
+    if parallelism["data"] == "fsdp2" and over is not None:
+        return apply_fsdp2(model, over, conf)
+    if trainer.get("activation_checkpointing"):
+        recompute_activations(fsdp_blocks(model))
+    averaged = gradient_mesh(mesh)
+    if parallelism["data"] == "ddp" and averaged is not None and not _is_cut(model):
+        return apply_ddp(model, averaged)
+    return model
+
+
+def _refuse_batch_norm(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(
+                f"{path} ({type(module).__name__}) has the statistics of one replica's samples, so several replicas "
+                f"do not give the numbers of one device: use GroupNorm, or one replica (a larger domain or tensor)"
+            )
+
+
+def reduce_gradients(model: nn.Module, mesh: DeviceMesh | None, conf: dict) -> None:
+    """Average the gradients over those of dp x domain that neither FSDP2 nor DDP has averaged them over.
+
+    That is the domain group where parameters are sharded over dp alone or `data` is none, and all of dp x domain where
+    DDP would be used but for tensor parallelism, whose DTensors it does not take.
+    """
+    data = parse_parallelism_conf(conf)["data"]
+    averaged = gradient_mesh(mesh)
+    if averaged is None or mesh is None or isinstance(model, nn.parallel.DistributedDataParallel):
+        return
+    done = _fsdp_mesh(mesh, conf.get("trainer") or {}) if data == "fsdp2" else None
+    if done is None:
+        allreduce_grads_avg(model.parameters(), averaged.get_group())
+    elif done.size() < averaged.size():
+        allreduce_grads_avg(model.parameters(), mesh["domain"].get_group())
+
+
+def _fsdp_mesh(mesh: DeviceMesh | None, trainer: dict) -> DeviceMesh | None:
+    """The ranks that FSDP2 shards over: dp x domain, or dp alone; None where there is one of them."""
+    if trainer.get("shard_over", "dp_domain") == "dp_domain":
+        return gradient_mesh(mesh)
+    return mesh["dp"] if mesh is not None and "dp" in (mesh.mesh_dim_names or ()) else None
+
+
+def _is_cut(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
