@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 2 -m credit forecast configs/quickstart.yaml --set trainer.parallelism.data=none
   credit score configs/quickstart.yaml
   credit check parity my.yaml --ranks 4
+  credit plan my.yaml --gpus 16 --gpu-memory 40
   credit data stats my.yaml
 """
 
@@ -25,6 +26,12 @@ PARITY_EXAMPLES = """examples:
   torchrun --nproc-per-node 2 -m credit check parity configs/quickstart.yaml
 
 Exit code 0 if the sharded model is exact, 1 if it is not, 2 if it is refused or cannot be built.
+"""
+
+
+PLAN_EXAMPLES = """examples:
+  credit plan configs/quickstart.yaml --gpus 8 --gpu-memory 40
+  credit plan my.yaml --gpus 256 --gpu-memory 80 --gpus-per-node 8 --set trainer.amp=bf16
 """
 
 
@@ -69,6 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     parity = _verb(checks, "parity", _parity, "run the model sharded and plain, and compare outputs and gradients")
     parity.add_argument("--ranks", type=int, default=None, help="domain ranks (default: trainer.parallelism.domain)")
     parity.epilog, parity.formatter_class = PARITY_EXAMPLES, argparse.RawDescriptionHelpFormatter
+    planned = _verb(
+        verbs, "plan", _plan, "memory and traffic of a rank on every mesh of some devices, without any device"
+    )
+    planned.add_argument("--gpus", type=int, required=True, help="devices in all")
+    planned.add_argument("--gpu-memory", type=float, required=True, metavar="GB", help="memory of each, in 1e9 bytes")
+    planned.add_argument("--gpus-per-node", type=int, default=4, help="default: 4")
+    planned.epilog, planned.formatter_class = PLAN_EXAMPLES, argparse.RawDescriptionHelpFormatter
+    export = _verb(verbs, "export", _export, "write the newest checkpoint's weights as one plain state dict")
+    export.add_argument("path", type=Path, help="the file to write, for torch.load or trainer.init_from")
     data = verbs.add_parser("data", help="make data, and statistics of data")
     kinds = data.add_subparsers(title="verbs", required=True, metavar="VERB")
     _verb(kinds, "stats", _stats, "write the normalisation statistics of the training period")
@@ -156,6 +172,20 @@ def _parity(arguments: argparse.Namespace) -> int:
         report = check_parity(job)
         job.say(str(report))
     return 0 if report.exact else 1
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from credit.training.plan import plan
+
+    print(plan(_load(arguments), arguments.gpus, arguments.gpu_memory, arguments.gpus_per_node))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from credit.launch.job import start_job
+    from credit.training.export import export
+
+    with start_job(lambda: _load(arguments)) as job:
+        export(job, arguments.path)
 
 
 def _stats(arguments: argparse.Namespace) -> None:

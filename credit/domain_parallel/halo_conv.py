@@ -62,11 +62,16 @@ def halo_conv(
         dim: the sharded axis.
         manager: gives the domain group.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        kind = torch.get_autocast_dtype(x.device.type)
+    if torch.is_autocast_enabled(_autocast_type(x)):
+        kind = torch.get_autocast_dtype(_autocast_type(x))
         x, weight, bias = x.to(kind), weight.to(kind), bias if bias is None else bias.to(kind)
     plan = make_plan(Halo(window), Partition(length, manager.domain_world_size), manager.domain_rank)
     return _HaloConv.apply(x, weight, bias, geometry, window, plan, dim, manager)
+
+
+def _autocast_type(x: Tensor) -> str:
+    """The device type whose autocast applies; tensors without values have none of their own, and follow the CPU's."""
+    return "cpu" if x.device.type == "meta" else x.device.type
 
 
 class _HaloConv(torch.autograd.Function):
@@ -83,7 +88,7 @@ class _HaloConv(torch.autograd.Function):
         manager: DomainParallelManager,
     ) -> Tensor:
         without_padding = _without_padding(geometry, dim, x)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(_autocast_type(x), enabled=False):
             messages = send_rows(x, plan, dim, manager)
             y = _conv(x, weight, bias, geometry)
             halo = assemble({plan.rank: x, **messages.wait()}, plan.pieces, dim, x)

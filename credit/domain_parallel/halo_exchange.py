@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from credit.domain_parallel.lengths import global_length
@@ -53,18 +52,8 @@ class Messages:
     ) -> None:
         self._received = {peer: like.new_empty(shape) for peer, shape in incoming.items()}
         # What is sent must live until it is sent.
-        self._sent = [tensor.contiguous() for tensor in outgoing.values()]
-        group = manager.domain_group
-        ops = []
-        for peer, tensor in zip(outgoing, self._sent, strict=True):
-            if tensor.numel():
-                ops.append(dist.P2POp(dist.isend, tensor, manager.global_rank(peer), group))
-                manager.traffic.messages += 1
-                manager.traffic.bytes += tensor.numel() * tensor.element_size()
-        for peer, tensor in self._received.items():
-            if tensor.numel():
-                ops.append(dist.P2POp(dist.irecv, tensor, manager.global_rank(peer), group))
-        self._requests = dist.batch_isend_irecv(ops) if ops else []
+        self._sent = {peer: tensor.contiguous() for peer, tensor in outgoing.items()}
+        self._requests = manager.start_messages(self._sent, self._received)
 
     def wait(self) -> dict[int, Tensor]:
         """What came, by peer."""

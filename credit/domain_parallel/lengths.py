@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager
 from credit.domain_parallel.partition import Partition
@@ -41,7 +40,4 @@ def check_lengths(lengths: list[int], manager: DomainParallelManager, what: str)
 def gather_numbers(numbers: list[int], manager: DomainParallelManager) -> list[list[int]]:
     """What every domain rank gave, by rank: one small message, on the CPU where the group can do that."""
     mine = torch.tensor(numbers, dtype=torch.int64, device=manager.message_device)
-    everyone = mine.new_empty(manager.domain_world_size, len(numbers))
-    dist.all_gather(list(everyone.unbind()), mine, group=manager.domain_group)
-    manager.traffic.collectives += 1
-    return everyone.tolist()
+    return manager.all_gather(mine).tolist()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 _manager: DomainParallelManager | None = None
@@ -23,14 +24,21 @@ class Traffic:
         messages: point-to-point messages sent (halo rows and their gradients).
         bytes: payload of those messages.
         collectives: collective calls (norm statistics, settling of lengths).
+        collective_bytes: what this rank gave to them.
     """
 
     messages: int = 0
     bytes: int = 0
     collectives: int = 0
+    collective_bytes: int = 0
 
     def reset(self) -> None:
-        self.messages = self.bytes = self.collectives = 0
+        self.messages = self.bytes = self.collectives = self.collective_bytes = 0
+
+    def count(self, given: Tensor) -> None:
+        """Take a collective call into account."""
+        self.collectives += 1
+        self.collective_bytes += given.nbytes
 
 
 class DomainParallelManager:
@@ -139,6 +147,30 @@ class DomainParallelManager:
         if "gloo" in str(dist.get_backend_config(self._domain_group)):
             return torch.device("cpu")
         return torch.device(_device_type(), torch.accelerator.current_device_index())
+
+    def all_reduce(self, values: Tensor) -> None:
+        """Sum over the domain ranks, in place."""
+        dist.all_reduce(values, group=self._domain_group)
+        self.traffic.count(values)
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        """(domain rank, ...): the `values` of every rank."""
+        everyone = values.new_empty(self.domain_parallel_size, *values.shape)
+        dist.all_gather(list(everyone.unbind()), values, group=self._domain_group)
+        self.traffic.count(values)
+        return everyone
+
+    def start_messages(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> list[dist.Work]:
+        """Begin to send to, and to receive from, these domain ranks. Empty tensors are not sent."""
+        group = self._domain_group
+        sends = {peer: tensor for peer, tensor in outgoing.items() if tensor.numel()}
+        ops = [dist.P2POp(dist.isend, tensor, self.global_rank(peer), group) for peer, tensor in sends.items()]
+        for peer, tensor in incoming.items():
+            if tensor.numel():
+                ops.append(dist.P2POp(dist.irecv, tensor, self.global_rank(peer), group))
+        self.traffic.messages += len(sends)
+        self.traffic.bytes += sum(tensor.nbytes for tensor in sends.values())
+        return dist.batch_isend_irecv(ops) if ops else []
 
     # A process group cannot be copied or stored: a copied model keeps its manager, and a model that is
     # loaded again in another process takes the manager of that process.

@@ -6,7 +6,6 @@ from math import gcd
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from credit.domain_parallel.halo_exchange import exchange, swap
@@ -156,8 +155,7 @@ class AllSum(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, manager: DomainParallelManager) -> Tensor:
         ctx.manager = manager
         total = x.contiguous().clone()
-        dist.all_reduce(total, group=manager.domain_group)
-        manager.traffic.collectives += 1
+        manager.all_reduce(total)
         return total
 
     @staticmethod
@@ -172,10 +170,7 @@ class AllExtreme(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dims: tuple[int, ...], sign: int, manager: DomainParallelManager) -> Tensor:
         extreme = torch.amax if sign > 0 else torch.amin
         mine = extreme(x, dims, keepdim=True)
-        everyone = mine.new_empty(manager.domain_world_size, *mine.shape)
-        dist.all_gather(list(everyone.unbind()), mine, group=manager.domain_group)
-        value = extreme(everyone, 0)  # not by a MAX over the wire, which may lose what is not a number
-        manager.traffic.collectives += 1
+        value = extreme(manager.all_gather(mine), 0)  # not by a MAX on the wire, which may lose what is no number
         ctx.save_for_backward(x, value)
         ctx.dims, ctx.manager = dims, manager
         return value
@@ -186,6 +181,5 @@ class AllExtreme(torch.autograd.Function):
         x, value = ctx.saved_tensors
         chosen = x == value
         sums = torch.stack([grad, chosen.sum(ctx.dims, keepdim=True).to(grad.dtype)])
-        dist.all_reduce(sums, group=ctx.manager.domain_group)
-        ctx.manager.traffic.collectives += 1
+        ctx.manager.all_reduce(sums)
         return chosen * (sums[0] / sums[1]), None, None, None

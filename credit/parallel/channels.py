@@ -18,21 +18,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree
 
+from credit.domain_parallel.manager import Traffic
 from credit.domain_parallel.slab import COMPOSITE, RULES, Slab, name_of, refuse, rules_of, running
 
 
 class ChannelGroup:
-    """The ranks that share a tensor's channels, as `Slab` asks for them. It moves nothing: rules that would, stop."""
+    """The ranks that share a tensor's channels, as `Slab` asks for them. It moves nothing: rules that would, stop.
+
+    Attributes:
+        mesh: 1-D.
+        counted: the traffic of the sums.
+    """
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
         self.domain_world_size = mesh.size()
         self.domain_rank = mesh.get_local_rank()
+        self.counted = Traffic()
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("domain_group", "traffic", "global_rank"):
+        if name in ("all_reduce", "all_gather", "start_messages", "domain_group"):
             refuse(running(), "it would move channels between ranks")
         raise AttributeError(name)
 
@@ -41,22 +49,31 @@ class ChannelGroup:
 
     def sum(self, partial: Tensor) -> Tensor:
         """The sum of the ranks' `partial`, on all of them."""
-        return _on_rows(_Sum, partial, self.mesh)
+        return _on_rows(_Sum, partial, self)
 
     def spread(self, x: Tensor) -> Tensor:
         """`x`, of which each rank will use a part: the parts of its cotangent are summed."""
-        return _on_rows(_Spread, x, self.mesh) if x.requires_grad and torch.is_grad_enabled() else x
+        return _on_rows(_Spread, x, self) if x.requires_grad and torch.is_grad_enabled() else x
+
+    def as_dtensor(self, mine: Tensor, dim: int) -> Tensor:
+        """The tensor whose axis `dim` is cut over the ranks, of which this one has `mine`."""
+        return DTensor.from_local(mine, self.mesh, [Shard(dim)], run_check=False)
+
+    def add_up(self, values: Tensor) -> None:
+        """Sum over the ranks, in place."""
+        dist.all_reduce(values, group=self.mesh.get_group())
+        self.counted.count(values)
 
 
-def _on_rows(function: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
-    return x.like(function.apply(x.local, mesh)) if isinstance(x, Slab) else function.apply(x, mesh)
+def _on_rows(function: Any, x: Tensor, group: ChannelGroup) -> Tensor:
+    return x.like(function.apply(x.local, group)) if isinstance(x, Slab) else function.apply(x, group)
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, mesh: DeviceMesh) -> Tensor:
+    def forward(ctx: Any, partial: Tensor, group: ChannelGroup) -> Tensor:
         total = partial.contiguous().clone()
-        dist.all_reduce(total, group=mesh.get_group())
+        group.add_up(total)
         return total
 
     @staticmethod
@@ -66,13 +83,13 @@ class _Sum(torch.autograd.Function):
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
-        ctx.mesh = mesh
+    def forward(ctx: Any, x: Tensor, group: ChannelGroup) -> Tensor:
+        ctx.group = group
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(grad, ctx.mesh), None
+        return _Sum.apply(grad, ctx.group), None
 
 
 class Channels(Slab):

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree
 
 from credit.domain_parallel.partition import Partition
@@ -29,6 +28,7 @@ from credit.domain_parallel.reshard import part
 from credit.domain_parallel.slab import refuse, rules_of
 from credit.errors import CreditError
 from credit.parallel.channels import ChannelGroup, Channels
+from credit.parallel.collectives import local
 
 
 class TensorParallelError(CreditError):
@@ -53,20 +53,23 @@ def apply_tensor_parallel(model: nn.Module, tp_mesh: DeviceMesh | None) -> nn.Mo
         TensorParallelError: if no block declares a pair, a path does not exist, a layer is neither nn.Linear nor a 1x1
             nn.Conv2d, or its channels do not divide over the ranks. On all ranks alike, before anything is changed.
     """
-    if tp_mesh is None or tp_mesh.size() == 1:
-        return model
+    return model if tp_mesh is None or tp_mesh.size() == 1 else cut_channels(model, ChannelGroup(tp_mesh))
+
+
+def cut_channels(model: nn.Module, group: ChannelGroup) -> nn.Module:
+    """`apply_tensor_parallel` for the ranks of `group`."""
+    ranks = group.domain_world_size
     blocks = [(path, module) for path, module in model.named_modules() if _declares(module, path)]
     if not blocks:
         raise TensorParallelError(
             f"{type(model).__name__} has no block that declares _tp_col and _tp_row, so there is nothing to cut over "
-            f"{tp_mesh.size()} tensor-parallel ranks: use tensor: 1"
+            f"{ranks} tensor-parallel ranks: use tensor: 1"
         )
-    sites = [site for path, block in blocks for site in _sites(path, block, tp_mesh.size())]
+    sites = [site for path, block in blocks for site in _sites(path, block, ranks)]
     kinds: dict[nn.Module, type] = {}
     for path, layer, kind, _ in sites:
         if kinds.setdefault(layer, kind) is not kind:
             raise TensorParallelError(f"{path} is declared both as a column and as a row layer")
-    group = ChannelGroup(tp_mesh)
     uses = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
     for _, layer, kind, partition in sites:
         if not isinstance(layer, kind):
@@ -138,12 +141,13 @@ def _channels(layer: Any, outputs: bool) -> int:
 
 def _convert(layer: Any, kind: type, partition: Partition, group: ChannelGroup, uses: Counter) -> None:
     dim = 0 if kind is ColumnParallel else 1
+    layer._tp_cut = set()
     for name in ("weight", "bias") if dim == 0 else ("weight",):
         whole = layer._parameters.get(name)
         if whole is not None and uses[whole] == 1:
             mine = part(whole.detach(), dim, partition, group.domain_rank).clone(memory_format=torch.contiguous_format)
-            cut = DTensor.from_local(mine, group.mesh, [Shard(dim)], run_check=False)
-            layer._parameters[name] = nn.Parameter(cut, whole.requires_grad)
+            layer._parameters[name] = nn.Parameter(group.as_dtensor(mine, dim), whole.requires_grad)
+            layer._tp_cut.add(name)
     layer.__class__ = type(type(layer).__name__, (kind, type(layer)), {"__module__": type(layer).__module__})
     layer._tp_partition = partition
     layer._tp_group = group
@@ -156,18 +160,20 @@ class _CutLayer(nn.Module):
         _tp_partition: how the channels are cut. Where several tensors are fused, `outer` is their number: the DTensor
             then holds rank 0's channels of each, then rank 1's, and so on (see `credit.parallel.checkpoint`).
         _tp_group: the ranks that share them.
+        _tp_cut: the parameters of which this rank stores its part alone.
     """
 
     _tp_partition: Partition
     _tp_group: ChannelGroup
+    _tp_cut: set[str]
 
     def _mine(self, name: str, dim: int) -> Tensor | None:
-        """This rank's part of a parameter, from the DTensor it is, or out of the whole."""
+        """This rank's part of a parameter, which is stored, or taken out of the whole."""
         value = getattr(self, name)
         if value is None:
             return None
-        if isinstance(value, DTensor):
-            return value.to_local()
+        if name in self._tp_cut:
+            return local(value)
         return part(self._tp_group.spread(value), dim, self._tp_partition, self._tp_group.domain_rank)
 
     def _apply_to(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -29,7 +29,7 @@ def check_parity(job: Job) -> ParityReport:
     """
     config = job.config
     with together("opening the data"):
-        in_channels, out_channels, grid = _shape(config)
+        in_channels, out_channels, grid = model_shape(config)
     torch.manual_seed(config.trainer.seed)
     with together("building the model"):
         try:
@@ -47,7 +47,7 @@ def check_parity(job: Job) -> ParityReport:
     )
 
 
-def _shape(config: Config) -> tuple[int, int, tuple[int, int]]:
+def model_shape(config: Config) -> tuple[int, int, tuple[int, int]]:
     """Channels in and out, and the grid, as `credit.data.dataset.Fields` has them."""
     data, path = config.data, store_path(config)
     given = len(data.forcings) + len(data.statics)

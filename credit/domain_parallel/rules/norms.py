@@ -11,7 +11,6 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -74,8 +73,7 @@ class _Standardize(torch.autograd.Function):
             grad_weight = _reduce_to(grad * ((x - mean) * rstd), weight.shape)
             grad_bias = _reduce_to(grad, bias_shape)
         totals = torch.stack([sums.sum(dims, keepdim=True), dots.sum(dims, keepdim=True)])
-        dist.all_reduce(totals, group=manager.domain_group)
-        manager.traffic.collectives += 1
+        manager.all_reduce(totals)
         total, dot = totals
         spread = (dot - mean * total) * rstd.pow(3) / -count
         offset = -mean * spread - total * rstd / count if center else torch.zeros_like(spread)
@@ -125,12 +123,9 @@ def _reduce_to(x: Tensor, shape: torch.Size | None) -> Tensor | None:
 
 def _combine(mean: Tensor | None, variance: Tensor, counts: tuple[int, ...], manager: DomainParallelManager) -> Moments:
     mine = torch.stack([torch.zeros_like(variance) if mean is None else mean, variance])
-    gathered = mine.new_empty(manager.domain_world_size, *mine.shape)
-    dist.all_gather(list(gathered.unbind()), mine, group=manager.domain_group)
-    manager.traffic.collectives += 1
     share = torch.tensor(counts, dtype=mine.dtype, device=mine.device) / sum(counts)
     share = share.view(-1, *[1] * variance.ndim)
-    means, variances = gathered.unbind(1)
+    means, variances = manager.all_gather(mine).unbind(1)
     total = (share * means).sum(0)
     return total, (share * (variances + (means - total).square())).sum(0)
 
@@ -150,7 +145,7 @@ def standardize(
     rows = len(x.partition.range(x.manager.domain_rank))
     counts = tuple(ours // max(rows, 1) * len(x.partition.range(rank)) for rank in range(x.partition.parts))
     y, mean, variance = _Standardize.apply(local, weight, bias, dims, eps, center, counts, x.manager)
-    if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type):
+    if x.device.type not in ("cpu", "meta") and torch.is_autocast_enabled(x.device.type):
         y = y.float()  # as autocast does for norms
     return x.like(y.reshape(x.local.shape)), mean, variance
 

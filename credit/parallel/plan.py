@@ -1,0 +1,274 @@
+"""What a training step costs on a mesh, found without a device: one rank's step is run on tensors without values.
+
+The model is laid out as `parallelize` lays it out, with the rules and the exchanges of the real thing, on the meta
+device; only the wire is replaced by one that counts. Memory is that of the storages that are alive at the worst
+moment of the step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
+from credit.domain_parallel.manager import DomainParallelManager, Traffic
+from credit.errors import ConfigError
+from credit.parallel.channels import ChannelGroup
+from credit.parallel.fsdp2 import fsdp_blocks, recompute_activations
+from credit.parallel.mesh import MeshShape
+from credit.parallel.tensor_parallel import cut_channels
+
+ADAMW_STATES = 2
+"""Tensors of AdamW for each parameter: the moments."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that are made while it is on, and are alive: `now`, and at most, `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def ignore(self, tensors: Any) -> None:
+        """Leave these out: they were there before."""
+        for tensor in tensors:
+            self._known[tensor.untyped_storage()] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._meet(leaf.untyped_storage())
+        return out
+
+    def _meet(self, storage: Any) -> None:
+        if storage in self._known:
+            return
+        size = storage.nbytes()
+        self._known[storage] = size
+        weakref.finalize(storage, self._drop, size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
+
+
+class _CountingManager(DomainParallelManager):
+    """A rank between others, all with as many rows; nothing is sent, everything is counted."""
+
+    def __init__(self, ranks: int) -> None:
+        self._bind(None, ranks, ranks, -2)
+        self._domain_rank = ranks // 2
+
+    @property
+    def message_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def all_reduce(self, values: Tensor) -> None:
+        self.traffic.count(values)
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        self.traffic.count(values)
+        return values.expand(self.domain_parallel_size, *values.shape).clone()
+
+    def start_messages(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> list:
+        self.traffic.messages += sum(tensor.numel() > 0 for tensor in outgoing.values())
+        self.traffic.bytes += sum(tensor.nbytes for tensor in outgoing.values())
+        return []
+
+
+class _CountingChannels(ChannelGroup):
+    """The first of some tensor-parallel ranks, that sends nothing."""
+
+    def __init__(self, ranks: int) -> None:
+        self.domain_world_size, self.domain_rank = ranks, 0
+        self.counted = Traffic()
+
+    def as_dtensor(self, mine: Tensor, dim: int) -> Tensor:
+        return mine
+
+    def add_up(self, values: Tensor) -> None:
+        self.counted.count(values)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one rank and one optimiser step. Bytes.
+
+    Attributes:
+        parameters, optimizer: what is kept between steps.
+        step: what a step adds at its worst moment: activations, gradients, gathered parameters.
+        domain, tensor, data: sent by this rank over the domain, tp and dp x domain groups; sums as a ring does them.
+        collectives: number of collective calls, all groups.
+        messages: number of halo messages.
+    """
+
+    parameters: int
+    optimizer: int
+    step: int
+    domain: int
+    tensor: int
+    data: int
+    collectives: int
+    messages: int
+
+    @property
+    def memory(self) -> int:
+        return self.parameters + self.optimizer + self.step
+
+
+@dataclass(frozen=True)
+class _Simulated:
+    """What does not depend on the number of replicas: see `StepCost`."""
+
+    peak: int
+    weights: _Weights
+    domain: Traffic
+    tensor: Traffic
+
+
+class Planner:
+    """Costs of one model's training step on many meshes; each layout of a replica is run once.
+
+    Args:
+        build: makes the plain model for a number of latitudes.
+        field: (channels, latitudes, longitudes) of the input, the whole globe. Latitudes are rounded up to a multiple
+            of the domain: the cost is that of the rank with most rows.
+        conf: the whole config; of `trainer`: parallelism.data, amp, dtype, batch_size, accumulate,
+            activation_checkpointing, shard_over and reshard_after_forward count.
+        custom_converters: for `convert_to_domain_parallel`.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[int], nn.Module],
+        field: tuple[int, int, int],
+        conf: dict,
+        custom_converters: Mapping[Any, Converter] | None = None,
+    ) -> None:
+        self.build, self.field, self.converters = build, field, custom_converters
+        self.trainer: dict[str, Any] = conf["trainer"]
+        self._simulated: dict[tuple[int, int, int, bool], _Simulated] = {}
+
+    def cost(self, shape: MeshShape) -> StepCost:
+        """The cost of one rank.
+
+        Raises:
+            TensorParallelError, DomainParallelError: if the model cannot be laid out like this.
+            ConfigError: if the batch does not divide over the replicas, or a rank would have no row.
+        """
+        data, accumulate = self.trainer["parallelism"]["data"], self.trainer.get("accumulate", 1)
+        samples, rest = divmod(self.trainer["batch_size"], shape.dp * accumulate)
+        if rest:
+            raise ConfigError(
+                f"batch_size {self.trainer['batch_size']} does not divide by dp {shape.dp} x {accumulate}"
+            )
+        if shape.domain > self.field[1]:
+            raise ConfigError(f"{self.field[1]} latitudes cannot be cut over domain: {shape.domain}")
+        reduced = shape.dp * shape.domain
+        over = reduced if self.trainer.get("shard_over", "dp_domain") == "dp_domain" else shape.dp
+        sharded = over if data == "fsdp2" else 1
+        key = (shape.tp, shape.domain, samples, sharded > 1)
+        if key not in self._simulated:
+            self._simulated[key] = self._simulate(*key)
+        found = self._simulated[key]
+        weights, domain, tensor = found.weights, found.domain, found.tensor
+        return StepCost(
+            parameters=weights.stored // sharded,
+            optimizer=ADAMW_STATES * weights.stored // sharded,
+            step=found.peak + weights.beside_step(sharded, reduced, data),
+            domain=accumulate * (domain.bytes + _ring(domain.collective_bytes, shape.domain)),
+            tensor=accumulate * _ring(tensor.collective_bytes, shape.tp),
+            data=weights.sent(sharded, reduced, accumulate, self.trainer),
+            collectives=accumulate * (domain.collectives + tensor.collectives) + weights.collectives(sharded),
+            messages=accumulate * domain.messages,
+        )
+
+    def _simulate(self, tp: int, domain: int, samples: int, sharded: bool) -> _Simulated:
+        """One forward and backward of a rank, on tensors without values."""
+        trainer = self.trainer
+        dtype = torch.bfloat16 if trainer.get("amp") == "bf16" else getattr(torch, trainer.get("dtype", "float32"))
+        channels, latitudes, longitudes = self.field
+        rows = -(-latitudes // domain)
+        channel_group, manager = _CountingChannels(tp), _CountingManager(domain)
+        with torch.device("meta"):
+            model = self.build(rows * domain)
+        if tp > 1:
+            model = cut_channels(model, channel_group)
+        model = convert_to_domain_parallel(model, manager, custom_converters=self.converters)
+        blocks = fsdp_blocks(model)
+        if trainer.get("activation_checkpointing"):
+            recompute_activations(blocks)
+        model.to(dtype)
+        x = torch.zeros(samples, channels, rows, longitudes, dtype=dtype, device="meta")
+        with _gradients_leave(model) if sharded else nullcontext():
+            peak = _peak(model, x) + 2 * x.nbytes  # the input, and the target
+        return _Simulated(peak, _Weights(model, blocks, trainer), manager.traffic, channel_group.counted)
+
+
+def _peak(model: nn.Module, x: Tensor) -> int:
+    """Bytes alive at the worst moment of a forward and backward, without the parameters and the input."""
+    live = LiveBytes()
+    live.ignore([*model.parameters(), *model.buffers(), x])
+    with live:
+        y = model(x)
+        y.square().mean().backward()
+    return live.peak
+
+
+@contextmanager
+def _gradients_leave(model: nn.Module) -> Any:
+    """Whole gradients do not stay: FSDP2 keeps this rank's shard of each."""
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in model.parameters()]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def _ring(given: int, ranks: int) -> int:
+    """Bytes that a rank sends for all_reduces of `given` bytes in all (Patarasuk & Yuan 2009)."""
+    return 2 * given * (ranks - 1) // ranks
+
+
+class _Weights:
+    """Sizes of a model's parameters, by the groups in which FSDP2 gathers them."""
+
+    def __init__(self, model: nn.Module, blocks: list[nn.Module], trainer: dict) -> None:
+        stored = torch.empty((), dtype=getattr(torch, trainer.get("dtype", "float32"))).itemsize
+        self.computed = 2 if trainer.get("amp") == "bf16" else stored
+        counted: set[nn.Parameter] = set()
+        numbers = []
+        for group in [*reversed(blocks), model]:
+            mine = [p for p in group.parameters() if p not in counted]
+            counted.update(mine)
+            numbers.append(sum(p.numel() for p in mine))
+        self.groups = [n for n in numbers if n]
+        self.stored = stored * sum(numbers)
+        self.wire = self.computed * sum(numbers)
+
+    def beside_step(self, sharded: int, reduced: int, data: str) -> int:
+        """What is there at the worst moment besides activations: gathered parameters, shards of gradients, buckets."""
+        if sharded > 1:
+            return self.stored // sharded + self.computed * (sum(self.groups[-1:]) + max(self.groups))
+        return self.stored if data == "ddp" and reduced > 1 else 0
+
+    def sent(self, sharded: int, reduced: int, accumulate: int, trainer: dict) -> int:
+        """Bytes for parameters and gradients."""
+        if sharded == 1:
+            return _ring(self.stored, reduced)
+        gathers = accumulate * (2 if trainer.get("reshard_after_forward", True) else 1)
+        inside = (gathers * self.wire + self.stored) * (sharded - 1) // sharded
+        return inside + _ring(self.stored // sharded, reduced // sharded)
+
+    def collectives(self, sharded: int) -> int:
+        return 3 * len(self.groups) if sharded > 1 else 1

@@ -1,0 +1,139 @@
+"""What `credit plan` prints: what a rank needs and sends on every mesh of some devices, and which mesh to take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from credit.config import Config
+from credit.errors import ConfigError
+from credit.models import DOMAIN_CONVERTERS, build_model
+from credit.parallel.collectives import USER_ERRORS
+from credit.parallel.mesh import MeshShape
+from credit.parallel.plan import Planner, StepCost
+from credit.training.check import model_shape
+
+GB, MB = 1e9, 1e6
+INSIDE_BYTES_PER_S, ACROSS_BYTES_PER_S = 200e9, 25e9
+"""Assumed of a device's links: NVLink 3 (A100, 300 GB/s a direction, two thirds of it), one 200 Gbit/s network port."""
+HEADROOM = 0.9
+"""Share of a device's memory that a step may take; the rest is for the libraries and fragmentation."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One mesh and its cost for a rank, with the bytes that it sends by link."""
+
+    shape: MeshShape
+    cost: StepCost
+    inside: int
+    across: int
+
+    @property
+    def seconds(self) -> float:
+        """Time on the wire of a step, at the assumed speeds."""
+        return self.inside / INSIDE_BYTES_PER_S + self.across / ACROSS_BYTES_PER_S
+
+
+def plan(config: Config, gpus: int, gpu_memory: float, gpus_per_node: int) -> str:
+    """The table of all meshes of `gpus` devices of `gpu_memory` GB each, and the recommendation.
+
+    No device and no data are needed, but the store, for its grid and channels.
+
+    Raises:
+        ConfigError: if no mesh is possible, with the reasons.
+    """
+    in_channels, out_channels, (latitudes, longitudes) = model_shape(config)
+    planner = Planner(
+        lambda rows: build_model(config.model, in_channels, out_channels, (rows, longitudes)),
+        (in_channels, latitudes, longitudes),
+        config.to_dict(),
+        DOMAIN_CONVERTERS,
+    )
+    layouts, refused = [], {}
+    for shape in _shapes(gpus):
+        try:
+            if shape.dp > 1 and config.trainer.parallelism.data == "none":
+                raise ConfigError("trainer.parallelism.data is none, which allows one replica")
+            cost = planner.cost(shape)
+        except (*USER_ERRORS, ValueError) as error:
+            refused[shape] = " ".join(str(error).split())
+            continue
+        layouts.append(Layout(shape, cost, *_by_link(shape, cost, gpus_per_node)))
+    if not layouts:
+        reasons = "; ".join(f"{_named(shape)}: {reason}" for shape, reason in list(refused.items())[-3:])
+        raise ConfigError(f"{gpus} ranks make no mesh for this config. {reasons}")
+    layouts.sort(key=lambda layout: (not _fits(layout, gpu_memory), layout.seconds))
+    return "\n".join([*_table(layouts, gpu_memory), "", _recommendation(layouts, gpu_memory), *_refusals(refused)])
+
+
+def _shapes(gpus: int) -> list[MeshShape]:
+    divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
+    pairs = [(tp, domain) for tp in divisors for domain in divisors if gpus % (tp * domain) == 0]
+    return [MeshShape(gpus // tp // domain, tp, domain) for tp, domain in pairs]
+
+
+def _by_link(shape: MeshShape, cost: StepCost, gpus_per_node: int) -> tuple[int, int]:
+    """(bytes inside a node, bytes across nodes) that a rank sends, where ranks are numbered node by node.
+
+    A group is inside if no member is on another node; where a group straddles nodes its slowest link is across.
+    """
+    inside = across = 0
+    reach = {"domain": shape.domain, "tensor": shape.tp * shape.domain, "data": shape.dp * shape.tp * shape.domain}
+    for name, ranks in reach.items():
+        if gpus_per_node % ranks == 0:
+            inside += getattr(cost, name)
+        else:
+            across += getattr(cost, name)
+    return inside, across
+
+
+def _fits(layout: Layout, gpu_memory: float) -> bool:
+    return layout.cost.memory <= HEADROOM * gpu_memory * GB
+
+
+def _named(shape: MeshShape) -> str:
+    return f"dp {shape.dp} x tp {shape.tp} x domain {shape.domain}"
+
+
+def _table(layouts: list[Layout], gpu_memory: float) -> list[str]:
+    lines = [
+        "a rank and step:    memory, GB                                sent, MB",
+        "  dp   tp  domain   parameters  optimizer    step   total     inside    across  messages  collectives  fits",
+    ]
+    for layout in layouts:
+        shape, cost = layout.shape, layout.cost
+        lines.append(
+            f"{shape.dp:4d} {shape.tp:4d} {shape.domain:7d} {cost.parameters / GB:12.3f} {cost.optimizer / GB:10.3f}"
+            f" {cost.step / GB:7.3f} {cost.memory / GB:7.3f} {layout.inside / MB:10.1f} {layout.across / MB:9.1f}"
+            f" {cost.messages:9d} {cost.collectives:12d}  {'yes' if _fits(layout, gpu_memory) else 'no'}"
+        )
+    return lines
+
+
+def _recommendation(layouts: list[Layout], gpu_memory: float) -> str:
+    best = layouts[0]
+    if not _fits(best, gpu_memory):
+        least = min(layouts, key=lambda layout: layout.cost.memory)
+        return (
+            f"None fits into {HEADROOM:.0%} of {gpu_memory:g} GB; {_named(least.shape)} needs least, "
+            f"{least.cost.memory / GB:.3f} GB: use more devices, trainer.activation_checkpointing, trainer.accumulate, "
+            f"trainer.amp: bf16 or trainer.parallelism.data: fsdp2"
+        )
+    shape = best.shape
+    return (
+        f"Recommended: {_named(shape)}. Of the {sum(_fits(one, gpu_memory) for one in layouts)} that fit into "
+        f"{HEADROOM:.0%} of {gpu_memory:g} GB it spends least time on the wire: {1e3 * best.seconds:.2f} ms a step at "
+        f"{INSIDE_BYTES_PER_S / GB:.0f} GB/s inside a node and {ACROSS_BYTES_PER_S / GB:.0f} GB/s across.\n"
+        f"  --set trainer.parallelism.tensor={shape.tp} --set trainer.parallelism.domain={shape.domain}"
+    )
+
+
+def _refusals(refused: dict[MeshShape, str]) -> list[str]:
+    """One line for each reason."""
+    reasons: dict[str, list[MeshShape]] = {}
+    for shape, reason in refused.items():
+        reasons.setdefault(reason, []).append(shape)
+    return [
+        f"not possible: {', '.join(_named(one) for one in shapes[:3])}{' and more' if len(shapes) > 3 else ''}: {reason}"
+        for reason, shapes in reasons.items()
+    ]
