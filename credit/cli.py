@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from credit import __version__
-from credit.errors import CreditError
+from credit.errors import ConfigError, CreditError
 
 EXAMPLES = """examples:
   credit train configs/era5_sample.yaml
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     check = verbs.add_parser("check", help="check the sharded model against the plain one")
     checks = check.add_subparsers(title="verbs", required=True, metavar="VERB")
     parity = _verb(checks, "parity", _parity, "run the model sharded and plain, and compare outputs and gradients")
-    parity.add_argument("--ranks", type=int, default=None, help="domain ranks (default: trainer.parallelism.domain)")
+    parity.add_argument("--ranks", type=int, default=None, help="ranks in all (default: tensor x domain)")
     parity.epilog, parity.formatter_class = PARITY_EXAMPLES, argparse.RawDescriptionHelpFormatter
     planned = _verb(
         verbs, "plan", _plan, "memory and traffic of a rank on every mesh of some devices, without any device"
@@ -156,7 +156,10 @@ def _parity(arguments: argparse.Namespace) -> int:
     from credit.launch.ranks import discover_ranks
 
     if arguments.ranks is not None:
-        arguments.set = [*arguments.set, f"trainer.parallelism.domain={arguments.ranks}"]
+        tensor = _load(arguments).trainer.parallelism.tensor
+        if arguments.ranks % tensor:
+            raise ConfigError(f"--ranks {arguments.ranks} is not a multiple of trainer.parallelism.tensor: {tensor}")
+        arguments.set = [*arguments.set, f"trainer.parallelism.domain={arguments.ranks // tensor}"]
     if discover_ranks().source != "torchrun":
         trainer = _load(arguments).trainer
         ranks = trainer.parallelism.domain * trainer.parallelism.tensor

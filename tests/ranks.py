@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -18,7 +19,7 @@ from datetime import timedelta
 from typing import Any
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "credit.domain_parallel"])
+_context.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "credit.training.train"])
 
 RANK_TIMEOUT_S = 180
 
@@ -44,8 +45,25 @@ class World:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 400, **kwargs: Any) -> list[Any]:
+        self.begin(function, *args, **kwargs)
+        return self.finish(timeout)
+
+    def begin(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Start what `finish` gives the results of."""
         for pipe in self._pipes:
             pipe.send((function, args, kwargs))
+
+    def kill(self, rank: int) -> None:
+        """End a rank as a node failure does."""
+        self._processes[rank].kill()
+        self._processes[rank].join()
+
+    def answers(self, rank: int, timeout: float) -> bool:
+        """Wait for a rank; True if it ends its function, with a result or an error, in time."""
+        return self._pipes[rank].poll(timeout)
+
+    def finish(self, timeout: float = 400) -> list[Any]:
+        """The results by rank."""
         results: list[Any] = []
         errors: dict[int, tuple[BaseException, str]] = {}
         deadline = time.monotonic() + timeout
@@ -88,4 +106,13 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
         try:
             pipe.send((True, function(*args, **kwargs)))
         except Exception as error:
-            pipe.send((False, (error, traceback.format_exc())))
+            pipe.send((False, (_portable(error), traceback.format_exc())))
+
+
+def _portable(error: Exception) -> Exception:
+    """`error`, or its text where it cannot be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(repr(error))
+    return error

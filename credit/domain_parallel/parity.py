@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -105,6 +105,7 @@ def verify_parity(
     tolerance: float = 1e-9,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    cut: Cut | None = None,
 ) -> ParityReport:
     """Compare `model` converted, on shards, with `model` on whole fields. To be called on every domain rank.
 
@@ -121,6 +122,7 @@ def verify_parity(
         kwargs: what to call it with by name.
         tolerance: the largest error that counts as exact; see `ParityReport.errors`.
         seed: of what the model draws, and of the cotangents.
+        cut: what else is done to the sharded model, before it is converted.
 
     Raises:
         DomainParallelError: on every rank, if something in the model is refused, or if the model is converted
@@ -133,7 +135,7 @@ def verify_parity(
     leaves = [_cast(x, dtype) if isinstance(x, Tensor) else x for x in leaves]
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         prepared, border = _prepared(model, dtype, seed), Border(manager, shard_dim)
-        comparison = _Comparison(prepared, leaves, structure, border, custom_converters, dtype, seed)
+        comparison = _Comparison(prepared, leaves, structure, border, custom_converters, dtype, seed, cut)
         errors, calls = comparison.compare()
         report = ParityReport(manager.domain_world_size, dtype, tolerance, errors, calls)
         if report.exact:
@@ -142,11 +144,22 @@ def verify_parity(
     return dataclasses.replace(report, first=first, first_error=first_error)
 
 
+class Cut(Protocol):
+    """Another way in which a model is sharded, such as tensor parallelism."""
+
+    def apply(self, model: nn.Module) -> nn.Module: ...
+
+    def whole(self, model: nn.Module, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The plain model's gradients, from those by name of a rank."""
+
+
 class _Run:
     """One of the two models, run forward on `leaves` of (args, kwargs), the sharded one on this rank's rows."""
 
-    def __init__(self, model: nn.Module, leaves: list[Any], structure: Any, border: Border, seed: int) -> None:
-        self.model, self.border = model, border
+    def __init__(
+        self, model: nn.Module, leaves: list[Any], structure: Any, border: Border, seed: int, cut: Cut | None
+    ) -> None:
+        self.model, self.border, self.cut = model, border, cut
         self.is_sharded = isinstance(model, DomainParallelRoot)
         self.inputs = {i: self._entering(x.detach()) for i, x in enumerate(leaves) if isinstance(x, Tensor)}
         # A model may change in place what it is given, which autograd forbids of leaves.
@@ -184,8 +197,11 @@ class _Run:
             if x.requires_grad:
                 gradient = self._leaving(_gradient(x))
                 found["input gradient", str(i)] = gradient if self.border.is_field(x) else self._total(gradient)
-        for name, parameter in self.model.named_parameters():
-            found["parameter gradient", name] = self._total(_gradient(parameter))
+        gradients = {name: _gradient(parameter) for name, parameter in self.model.named_parameters()}
+        if self.cut is not None:
+            gradients = self.cut.whole(self.model, gradients)
+        for name, gradient in gradients.items():
+            found["parameter gradient", name] = self._total(gradient)
         return found
 
     def named_buffers(self) -> dict[Key, Tensor]:
@@ -203,16 +219,18 @@ class _Comparison:
     custom_converters: Mapping[Any, Converter] | None
     dtype: torch.dtype
     seed: int
+    cut: Cut | None
 
     def run(self, sharded: bool, see: Callable[[Key, Tensor], None] | None = None) -> _Run:
         """A new copy of a model, run forward; `see` is given what its modules give."""
         model = copy.deepcopy(self.model)
         if sharded:
             manager, shard_dim = self.border.manager, self.border.shard_dim
+            model = model if self.cut is None else self.cut.apply(model)
             model = convert_to_domain_parallel(model, manager, shard_dim, self.custom_converters)
         if see is not None:
             _watch(model, see)
-        return _Run(model, self.leaves, self.structure, self.border, self.seed)
+        return _Run(model, self.leaves, self.structure, self.border, self.seed, self.cut if sharded else None)
 
     def compare(self) -> tuple[dict[str, float], dict[str, int]]:
         """Errors by kind and name, and the torch functions that met slabs."""
@@ -269,8 +287,10 @@ def _module_pair(path: str, ours: Tensor, theirs: Tensor, border: Border) -> tup
     """Of what the module at `path` gave."""
     if not path:
         return _pair(ours, border.leave(theirs))
-    if isinstance(ours, Slab):
+    if type(ours) is Slab:
         return _pair(ours.local, own(theirs, ours.cut, ours)) if ours.shape == theirs.shape else (math.inf, 0.0)
+    if isinstance(ours, Slab):  # of another kind, within a block: what the block gives is compared
+        return 0.0, 0.0
     # Rows that a custom converter's module gives to its children have no counterpart.
     return _pair(ours, theirs) if ours.shape == theirs.shape else (0.0, 0.0)
 

@@ -286,7 +286,7 @@ def _where() -> tuple[str, str]:
     place = ""
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        own = name.startswith(("credit.domain_parallel", "torch.", "contextlib")) or name == "torch"
+        own = name.startswith(("credit.domain_parallel", "credit.parallel", "torch.", "contextlib")) or name == "torch"
         if not own and not place:
             line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
             place = f"\n  {frame.f_code.co_filename}:{frame.f_lineno}: {line}"

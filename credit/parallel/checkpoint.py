@@ -167,7 +167,7 @@ def _remove(checkpoint: Path) -> None:
 
 def _copy(value: Any) -> Any:
     if isinstance(value, Pieces):
-        return value.clone()
+        return value.copied()
     return value.detach().cpu().clone() if isinstance(value, Tensor) else value
 
 
@@ -224,8 +224,18 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: on every rank, naming the file that is damaged.
     """
-    with together(f"checking the checkpoint {path}"):
-        return _verify(path)
+    facts, problem = None, None
+    try:
+        facts = _verify(path)
+    except CheckpointError as error:
+        problem = str(error)
+    except (OSError, ValueError, KeyError) as error:
+        problem = f"{path} is damaged: {type(error).__name__}: {error}"
+    said = [one for one in gather_objects(problem) if one is not None]
+    if said:
+        raise CheckpointError(said[0])
+    assert facts is not None
+    return facts
 
 
 def newest_good_checkpoint(directory: Path, say: Any = print) -> tuple[Path, dict[str, Any]] | None:
@@ -240,13 +250,15 @@ def newest_good_checkpoint(directory: Path, say: Any = print) -> tuple[Path, dic
     found = gather_objects([path.name for path in list_checkpoints(directory)])
     if any(names != found[0] for names in found):
         raise CheckpointError(f"the ranks see different checkpoints in {directory}: {found}. Do they share the disk?")
+    reasons = []
     for name in reversed(found[0]):
         try:
             return directory / name, verify_checkpoint(directory / name)
         except CheckpointError as error:
-            say(f"{error}; going back")
-    if found[0]:
-        raise CheckpointError(f"every checkpoint in {directory} is damaged: remove them to start again")
+            reasons.append(str(error))
+            say(f"{error}; going back to the one before")
+    if reasons:
+        raise CheckpointError(f"no checkpoint is whole: {'; '.join(reasons)}. Remove {directory} to start again")
     return None
 
 

@@ -23,18 +23,33 @@ from credit.parallel.domain import get_raw_model
 from credit.parallel.tensor_parallel import cut_layers
 
 
-class Pieces:
+class Pieces(torch.Tensor):
     """What this rank holds of a DTensor whose rows are in the order of tensor-parallel ranks.
+
+    A tensor by name only, as torch's distributed checkpoint wants it: nothing can be computed with it.
 
     Args:
         tensor: of which this rank holds some rows.
         partition: of the rows over the tensor-parallel ranks, with `outer` fused tensors.
     """
 
-    def __init__(self, tensor: DTensor, partition: Partition) -> None:
-        self.tensor, self.partition = tensor, partition
+    tensor: DTensor
+    partition: Partition
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __iter__(self) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    @staticmethod
+    def __new__(cls, tensor: DTensor, partition: Partition) -> Pieces:
+        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, tensor.shape, dtype=tensor.dtype, device=tensor.device
+        )
+        self.tensor, self.partition = tensor, partition
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *unused: Any) -> Any:  # type: ignore[override]
+        raise TypeError(f"{func} of Pieces: take `whole()`, or the tensor")
+
+    def runs(self) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """(place of the first entry in the plain tensor, view of the values), for each run of rows."""
         shape, offset = compute_local_shape_and_global_offset(
             self.tensor.shape, self.tensor.device_mesh, self.tensor.placements
@@ -56,11 +71,9 @@ class Pieces:
         full = self.tensor.full_tensor()
         return torch.empty_like(full).index_copy_(0, torch.tensor(self.stored_order(), device=full.device), full)
 
-    def clone(self) -> Pieces:
+    def copied(self) -> Pieces:
+        """The same values in memory of their own."""
         return Pieces(self.tensor.detach().clone(), self.partition)  # type: ignore[arg-type]
-
-    def size(self) -> torch.Size:
-        return self.tensor.shape
 
     # What torch's distributed checkpoint asks of a tensor that is in pieces.
 
@@ -76,14 +89,14 @@ class Pieces:
                     size=self.tensor.shape,
                 ),
             )
-            for offset, view in self
+            for offset, view in self.runs()
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(offset), view.shape) for offset, view in self]
+        return [ChunkStorageMetadata(torch.Size(offset), view.shape) for offset, view in self.runs()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return next(view for offset, view in self if torch.Size(offset) == index.offset)
+        return next(view for offset, view in self.runs() if torch.Size(offset) == index.offset)
 
 
 def in_pieces(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:

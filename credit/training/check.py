@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from credit.config import Config
 from credit.data.demo import write_demo
@@ -15,6 +17,8 @@ from credit.errors import ConfigError, DataError
 from credit.launch.job import Job
 from credit.models import DOMAIN_CONVERTERS, build_model
 from credit.parallel.collectives import together
+from credit.parallel.pieces import in_pieces, whole
+from credit.parallel.tensor_parallel import apply_tensor_parallel
 
 
 def check_parity(job: Job) -> ParityReport:
@@ -44,7 +48,21 @@ def check_parity(job: Job) -> ParityReport:
         job.manager,
         custom_converters=DOMAIN_CONVERTERS,
         seed=config.trainer.seed,
+        cut=_Channels(job.mesh["tp"]) if job.mesh is not None and job.shape.tp > 1 else None,
     )
+
+
+class _Channels:
+    """For `verify_parity`: tensor parallelism."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        return apply_tensor_parallel(model, self.mesh)
+
+    def whole(self, model: nn.Module, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: whole(gradient) for name, gradient in in_pieces(model, gradients).items()}
 
 
 def model_shape(config: Config) -> tuple[int, int, tuple[int, int]]:

@@ -56,12 +56,11 @@ def plan(config: Config, gpus: int, gpu_memory: float, gpus_per_node: int) -> st
                 raise ConfigError("trainer.parallelism.data is none, which allows one replica")
             cost = planner.cost(shape)
         except (*USER_ERRORS, ValueError) as error:
-            refused[shape] = " ".join(str(error).split())
+            refused[shape] = str(error).splitlines()[0]
             continue
         layouts.append(Layout(shape, cost, *_by_link(shape, cost, gpus_per_node)))
     if not layouts:
-        reasons = "; ".join(f"{_named(shape)}: {reason}" for shape, reason in list(refused.items())[-3:])
-        raise ConfigError(f"{gpus} ranks make no mesh for this config. {reasons}")
+        raise ConfigError(f"{gpus} ranks make no mesh for this config; {'; '.join(_refusals(refused)[:4])}")
     layouts.sort(key=lambda layout: (not _fits(layout, gpu_memory), layout.seconds))
     return "\n".join([*_table(layouts, gpu_memory), "", _recommendation(layouts, gpu_memory), *_refusals(refused)])
 
@@ -96,16 +95,18 @@ def _named(shape: MeshShape) -> str:
 
 
 def _table(layouts: list[Layout], gpu_memory: float) -> list[str]:
+    unit, name = (GB, "GB") if layouts[0].cost.memory >= GB else (MB, "MB")
     lines = [
-        "a rank and step:    memory, GB                                sent, MB",
-        "  dp   tp  domain   parameters  optimizer    step   total     inside    across  messages  collectives  fits",
+        f"of a rank and step:  memory, {name}                           sent, MB",
+        "  dp   tp  domain  parameters  optimizer      step     total    inside    across  messages  collectives  fits",
     ]
     for layout in layouts:
         shape, cost = layout.shape, layout.cost
+        memory = [f"{part / unit:9.3f}" for part in (cost.optimizer, cost.step, cost.memory)]
         lines.append(
-            f"{shape.dp:4d} {shape.tp:4d} {shape.domain:7d} {cost.parameters / GB:12.3f} {cost.optimizer / GB:10.3f}"
-            f" {cost.step / GB:7.3f} {cost.memory / GB:7.3f} {layout.inside / MB:10.1f} {layout.across / MB:9.1f}"
-            f" {cost.messages:9d} {cost.collectives:12d}  {'yes' if _fits(layout, gpu_memory) else 'no'}"
+            f"{shape.dp:4d} {shape.tp:4d} {shape.domain:7d} {cost.parameters / unit:11.3f}  {' '.join(memory)}"
+            f" {layout.inside / MB:9.1f} {layout.across / MB:9.1f} {cost.messages:9d} {cost.collectives:12d}"
+            f"  {'yes' if _fits(layout, gpu_memory) else 'no'}"
         )
     return lines
 
@@ -133,7 +134,8 @@ def _refusals(refused: dict[MeshShape, str]) -> list[str]:
     reasons: dict[str, list[MeshShape]] = {}
     for shape, reason in refused.items():
         reasons.setdefault(reason, []).append(shape)
-    return [
-        f"not possible: {', '.join(_named(one) for one in shapes[:3])}{' and more' if len(shapes) > 3 else ''}: {reason}"
-        for reason, shapes in reasons.items()
-    ]
+    lines = []
+    for reason, shapes in reasons.items():
+        more = " and more" if len(shapes) > 3 else ""
+        lines.append(f"not possible: {', '.join(map(_named, shapes[:3]))}{more}: {reason}")
+    return lines

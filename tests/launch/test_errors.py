@@ -112,7 +112,7 @@ def test_a_truncated_checkpoint(raw, tmp_path) -> None:
     size = file.stat().st_size
     os.truncate(file, size // 2)
     said = refused(*start_ranks(written(raw, tmp_path), 2))
-    assert f"{newest} is damaged: {file.name} has {size // 2} bytes of {size}. Delete {newest} to start again" in said
+    assert f"{newest} is damaged: {file.name} has {size // 2} bytes of {size}. Remove {newest.parent} to" in said
 
 
 def test_a_run_directory_of_another_config(raw, tmp_path) -> None:

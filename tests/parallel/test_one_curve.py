@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from credit.domain_parallel import DomainParallelManager
 from credit.models import DOMAIN_CONVERTERS
@@ -21,6 +22,7 @@ from credit.parallel.fsdp2 import gradient_mesh, synchronize_gradients
 from credit.parallel.mesh import build_device_mesh, data_parallel_coords
 from credit.parallel.parallelize import parallelize, reduce_gradients
 from credit.parallel.pieces import in_pieces, whole
+from tests.ranks import RankError
 
 CHANNELS, HEIGHT, WIDTH, BATCH, STEPS = 3, 19, 8, 8, 5
 TOLERANCE = 1e-8
@@ -83,10 +85,18 @@ def data(step: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, y, torch.linspace(0.2, 1.8, HEIGHT, dtype=torch.float64)[:, None]
 
 
+@cache
+def layout(data: str, tp: int, domain: int) -> tuple[DeviceMesh | None, DomainParallelManager]:
+    """The mesh and its manager, made once: starting process groups takes longer than the steps."""
+    mesh, _ = build_device_mesh({"data": data, "tensor": tp, "domain": domain}, "cpu")
+    return mesh, DomainParallelManager.from_mesh(mesh)
+
+
 def curve(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """Losses, gradient norms and final parameters of a few steps with AdamW and clipping."""
-    mesh, _ = build_device_mesh(given["trainer"]["parallelism"], "cpu")
-    manager = DomainParallelManager.from_mesh(mesh)
+    parallelism = given["trainer"]["parallelism"]
+    data_mode = "none" if parallelism["data"] == "none" else "ddp"  # the mesh does not depend on which it is
+    mesh, manager = layout(data_mode, parallelism["tensor"], parallelism["domain"])
     flat = gradient_mesh(mesh)
     dp_rank, dp_size = data_parallel_coords(given)
     torch.manual_seed(0)
@@ -156,3 +166,57 @@ def test_every_mesh_gives_the_curve_of_one_process(worlds, name: str, mode: str,
         return
     for wrong in worlds(dp * tp * domain).run(compared, name, given, serial(name)):
         assert not wrong
+
+
+OPTIONS = {
+    "accumulate": {"accumulate": 2},
+    "activation checkpointing": {"activation_checkpointing": True},
+    "parameters stay gathered": {"reshard_after_forward": False},
+    "prefetch": {"prefetch": 1},
+}
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2 over dp", "fsdp2 over dp x domain"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_that_save_memory_or_time_do_not_change_the_curve(worlds, mode: str, option: str) -> None:
+    for shape in ((2, 1, 2), (2, 2, 1)):
+        given = conf(mode, *shape[1:], **OPTIONS[option])
+        for wrong in worlds(4).run(compared, "transformer", given, serial("transformer")):
+            assert not wrong
+
+
+class Unused(Transformer):
+    """With a parameter that no loss depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Parameter(torch.ones(3))
+
+
+MODELS_WITH_MORE = {"unused": Unused}
+
+
+def test_a_parameter_without_a_gradient_stays_as_it_is(worlds) -> None:
+    MODELS.update(MODELS_WITH_MORE)
+    try:
+        for mode, size in (("none", 2), ("fsdp2 over dp x domain", 2)):
+            for wrong in worlds(size).run(compared_unused, conf(mode, 1, size), serial("unused")):
+                assert not wrong
+    finally:
+        MODELS.pop("unused")
+
+
+def compared_unused(given: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
+    MODELS.update(MODELS_WITH_MORE)
+    return compared("unused", given, wanted)
+
+
+def with_batch_norm() -> None:
+    mesh, manager = layout("ddp", 1, 1)
+    parallelize(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), mesh, conf("ddp", 1, 1), manager)
+
+
+def test_batch_norm_over_replicas_is_refused_by_name(worlds) -> None:
+    with pytest.raises(RankError, match=r"1 \(BatchNorm2d\) has the statistics of one replica's samples") as caught:
+        worlds(2).run(with_batch_norm)
+    assert len(caught.value.errors) == 2

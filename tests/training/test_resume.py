@@ -16,12 +16,17 @@ from credit.config import parse_config
 from credit.data.prepare import write_statistics
 from credit.data.store import FieldStore
 from credit.errors import CreditError
-from credit.launch.job import start_job
-from credit.parallel.checkpoint import list_checkpoints
+from credit.launch.job import Job, start_job
+from credit.models.transformer import WindowTransformer
+from credit.parallel import checkpoint
+from credit.parallel.checkpoint import get_model_state_dict, list_checkpoints
+from credit.parallel.pieces import in_pieces, whole
 from credit.training import forecast as forecasting
 from credit.training import setup
 from credit.training import train as training
+from credit.training.export import export
 from credit.training.score import score
+from tests.ranks import RankError
 from tests.stores import conf, dataset, write_zarr
 from tests.training.test_parity import curve
 
@@ -60,8 +65,8 @@ def raw(tmp_path) -> dict:
     return raw
 
 
-def on(raw: dict, run: Path, data: str, domain: int) -> dict:
-    parallelism = {"data": data, "tensor": 1, "domain": domain}
+def on(raw: dict, run: Path, data: str, domain: int, tensor: int = 1) -> dict:
+    parallelism = {"data": data, "tensor": tensor, "domain": domain}
     return {**raw, "run": str(run), "trainer": {**raw["trainer"], "parallelism": parallelism}}
 
 
@@ -87,6 +92,161 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(worlds, raw, tmp_path, befor
     assert rest_valid == pytest.approx(whole_valid, rel=rel, abs=0)
     with (tmp_path / "cut" / "log.csv").open() as stream:
         assert [int(row["step"]) for row in csv.DictReader(stream)] == list(range(1, 11))
+
+
+@pytest.fixture
+def transformer(raw) -> dict:
+    raw["model"] = {"name": "transformer", "width": 16, "depth": 2, "heads": 4, "window": 2, "ratio": 2}
+    raw["trainer"].update(ema=0.8, batch_size=4, epochs=4)
+    return raw
+
+
+MESHES = {
+    "2x2x2": (8, "fsdp2", 2, 2),
+    "4x1x1": (4, "fsdp2", 1, 1),
+    "1x4x2": (8, "none", 2, 4),
+    "1x1x1": (1, "none", 1, 1),
+    "2x2x1": (4, "ddp", 1, 2),
+}
+
+
+def losses_and_weights(raw: dict) -> tuple[list[float], dict[str, np.ndarray]]:
+    """The loss of each step taken, and at the end the plain weights and averages."""
+    with start_job(lambda: parse_config(raw)) as job:
+        trained = training.train(job)
+        pieces = in_pieces(trained.model, get_model_state_dict(trained.model))
+        state = {name: whole(value).detach().numpy().copy() for name, value in pieces.items()}
+    return trained.losses, state
+
+
+@pytest.mark.parametrize("after", [*MESHES, "no ranks"])
+def test_a_run_moves_from_any_mesh_to_any_other(worlds, transformer, tmp_path, after) -> None:
+    """No sample is repeated or skipped: the rest of the curve is the serial one's, and so are weights and averages."""
+    whole_losses, whole_weights = losses_and_weights(on(transformer, tmp_path / "whole", "none", 1))
+    cut = tmp_path / "cut"
+    size, data, domain, tensor = MESHES["2x2x2"]
+    worlds(size).run(interrupted, on(transformer, cut, data, domain, tensor), 4)
+    if after == "no ranks":
+        rest, weights = losses_and_weights(on(transformer, cut, "none", 1))
+    else:
+        size, data, domain, tensor = MESHES[after]
+        (rest, weights), *_ = worlds(size).run(losses_and_weights, on(transformer, cut, data, domain, tensor))
+    assert len(rest) == len(whole_losses) - 3
+    assert rest == pytest.approx(whole_losses[3:], rel=1e-8, abs=0)
+    assert weights.keys() == whole_weights.keys()
+    for name, value in whole_weights.items():
+        np.testing.assert_allclose(weights[name], value, rtol=0, atol=1e-8 * abs(value).max(), err_msg=name)
+
+
+def exported(raw: dict, path: Path) -> None:
+    with start_job(lambda: parse_config(raw)) as job:
+        export(job, path)
+
+
+def test_weights_leave_as_the_plain_models_and_come_back(worlds, transformer, tmp_path) -> None:
+    size, data, domain, tensor = MESHES["2x2x2"]
+    given = on(transformer, tmp_path / "run", data, domain, tensor)
+    worlds(size).run(curve, given)
+    worlds(size).run(exported, given, tmp_path / "mesh.pt")
+    exported(on(transformer, tmp_path / "run", "none", 1), tmp_path / "single.pt")
+    ours, theirs = (torch.load(tmp_path / name, weights_only=True) for name in ("mesh.pt", "single.pt"))
+    plain = WindowTransformer(5, 2, (13, 16), width=16, depth=2, heads=4, window=2, ratio=2)
+    assert ours.keys() == plain.state_dict().keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+        assert ours[name].shape == plain.state_dict()[name].shape
+    started = on(
+        {**transformer, "trainer": {**transformer["trainer"], "init_from": str(tmp_path / "mesh.pt")}},
+        tmp_path / "b",
+        "none",
+        1,
+    )
+    alone, *_ = curve(started)
+    for losses, *_ in worlds(8).run(curve, on(started, tmp_path / "c", data, domain, tensor)):
+        assert losses == pytest.approx(alone, rel=1e-8)
+    first, *_ = curve(on(transformer, tmp_path / "d", "none", 1))
+    assert alone[0] < first[0]
+    started["model"] = {**started["model"], "width": 8}
+    with pytest.raises(CreditError, match=r"mesh.pt does not hold this model's weights: .*size mismatch"):
+        curve(on(started, tmp_path / "e", "none", 1))
+    started["trainer"]["init_from"] = str(tmp_path / "nothing.pt")
+    with pytest.raises(CreditError, match=r"cannot read the weights .*nothing.pt: No such file"):
+        curve(on(started, tmp_path / "f", "none", 1))
+
+
+def test_writing_in_the_background_gives_the_same_checkpoints(worlds, transformer, tmp_path) -> None:
+    size, data, domain, tensor = MESHES["2x2x1"]
+    transformer["trainer"]["checkpoint_every"] = 1
+    curves = []
+    for name, in_background in (("at once", False), ("later", True)):
+        transformer["trainer"]["checkpoint_async"] = in_background
+        curves.append(worlds(size).run(curve, on(transformer, tmp_path / name, data, domain, tensor))[0][0])
+    assert curves[0] == curves[1]
+    transformer["trainer"]["checkpoint_async"] = False
+    states = []
+    for name in ("at once", "later"):
+        exported(on(transformer, tmp_path / name, "none", 1), tmp_path / "weights.pt")
+        states.append(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_failure_in_the_background_ends_all_ranks(worlds, transformer, tmp_path) -> None:
+    transformer["trainer"].update(checkpoint_every=1, checkpoint_async=True)
+    with pytest.raises(RankError, match=r"writing the checkpoint .* failed .*on rank 1: OSError: no room") as caught:
+        worlds(2).run(full_disk, on(transformer, tmp_path / "run", "none", 2))
+    assert len(caught.value.errors) == 2
+
+
+def full_disk(raw: dict) -> None:
+    real = checkpoint.dcp.save
+
+    def save(*args, **kwargs) -> None:
+        if dist.get_rank() == 1:
+            raise OSError("no room")
+
+    checkpoint.dcp.save = save
+    try:
+        curve(raw)
+    finally:
+        checkpoint.dcp.save = real
+
+
+@pytest.mark.parametrize("damage", ["cut short", "changed", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(worlds, raw, tmp_path, damage) -> None:
+    whole_losses, *_ = curve(on(raw, tmp_path / "whole", "none", 1))
+    cut = on(raw, tmp_path / "cut", "none", 2)
+    worlds(2).run(interrupted, cut, 8)
+    newest = list_checkpoints(tmp_path / "cut" / "checkpoints")[-1]
+    file = next(newest.glob("*.distcp"))
+    content = file.read_bytes()
+    changed = {"cut short": content[: len(content) // 2], "changed": content[:-1] + bytes([content[-1] ^ 1])}
+    file.unlink() if damage == "missing" else file.write_bytes(changed[damage])
+    rest, said = worlds(2).run(losses_and_words, cut)[0]
+    assert f"{newest} is damaged: {file.name} " in said
+    assert f"going back to the one before\nresuming from {newest.with_name('step-00000003')}" in said
+    assert rest == pytest.approx(whole_losses[3:], rel=1e-9)
+    assert [path.name for path in list_checkpoints(newest.parent)] == ["step-00000009", "step-00000010"]
+
+
+def losses_and_words(raw: dict) -> tuple[list[float], str]:
+    """The losses, and what the run says."""
+    said: list[str] = []
+    real, Job.say = Job.say, lambda self, text: said.append(text)
+    try:
+        return curve(raw)[0], "\n".join(said)
+    finally:
+        Job.say = real
+
+
+def test_only_damaged_checkpoints_are_an_error_on_every_rank(worlds, raw, tmp_path) -> None:
+    cut = on(raw, tmp_path / "cut", "none", 2)
+    worlds(2).run(interrupted, cut, 4)
+    for file in (tmp_path / "cut" / "checkpoints").glob("*/*.distcp"):
+        file.write_bytes(b"")
+    message = r"no checkpoint is whole: .*step-00000003 is damaged: .* to start again"
+    with pytest.raises(RankError, match=message) as caught:
+        worlds(2).run(curve, cut)
+    assert len(caught.value.errors) == 2
 
 
 def test_the_last_two_checkpoints_are_kept_and_partial_ones_ignored(raw, tmp_path) -> None:

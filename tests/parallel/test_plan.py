@@ -1,0 +1,148 @@
+"""A planned step is the real one: what a rank allocates, and what it sends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from credit.config import load_config
+from credit.domain_parallel import DomainParallelManager
+from credit.errors import ConfigError
+from credit.models import DOMAIN_CONVERTERS
+from credit.models.transformer import WindowTransformer
+from credit.models.unet import UNet
+from credit.parallel import build_device_mesh, parallelize, reduce_gradients, shard_spatial
+from credit.parallel.mesh import MeshShape
+from credit.parallel.plan import Planner, StepCost
+from credit.parallel.tensor_parallel import cut_layers
+from credit.training.plan import plan
+
+FIELD, OUT, BATCH = (8, 32, 64), 6, 4
+BUILD = {
+    "unet": lambda rows: UNet(FIELD[0], OUT, (rows, FIELD[2]), width=16, levels=2),
+    "transformer": lambda rows: WindowTransformer(FIELD[0], OUT, (rows, FIELD[2]), width=32, depth=2, window=4),
+}
+
+
+def conf(data: str, tp: int, domain: int, **more: Any) -> dict[str, Any]:
+    return {"trainer": {"parallelism": {"data": data, "tensor": tp, "domain": domain}, "batch_size": BATCH, **more}}
+
+
+def planned(name: str, given: dict[str, Any], shape: MeshShape) -> StepCost:
+    return Planner(BUILD[name], FIELD, given, DOMAIN_CONVERTERS).cost(shape)
+
+
+def allocated(name: str, given: dict[str, Any], dp: int) -> tuple[int, int, int, int, int, int]:
+    """(bytes of a step at its worst moment by the allocator, of parameters, of optimiser; three of traffic)."""
+    torch.manual_seed(0)
+    mesh, _ = build_device_mesh(given["trainer"]["parallelism"], "cpu")
+    manager = DomainParallelManager.from_mesh(mesh)
+    model = parallelize(BUILD[name](FIELD[1]), mesh, given, manager, DOMAIN_CONVERTERS)
+    optimizer = torch.optim.AdamW(model.parameters())
+    whole = torch.randn(BATCH // dp, *FIELD)
+
+    def step() -> None:
+        x = shard_spatial(whole, manager).clone()
+        y = model(x)
+        target = torch.zeros_like(x)
+        (y - target[:, :OUT]).square().mean().backward()
+        reduce_gradients(model, mesh, given)
+
+    step()
+    optimizer.step()
+    optimizer.zero_grad()
+    manager.traffic.reset()
+    group = next((layer._tp_group for _, layer in cut_layers(model)), None)
+    if group is not None:
+        group.counted.reset()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    now = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+
+    def bytes_of(tensors: Any) -> int:
+        return sum(getattr(t, "_local_tensor", t).nbytes for t in tensors)
+
+    states = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+    traffic = (manager.traffic.bytes, manager.traffic.messages, group.counted.collective_bytes if group else 0)
+    return peak, bytes_of(model.parameters()), bytes_of(states), *traffic
+
+
+CASES = [
+    ("unet", "none", 1, 1, 1),
+    ("unet", "none", 1, 1, 2),
+    ("unet", "ddp", 2, 1, 2),
+    ("unet", "fsdp2", 2, 1, 2),
+    ("transformer", "none", 1, 1, 1),
+    ("transformer", "none", 1, 2, 1),
+    ("transformer", "none", 1, 2, 2),
+    ("transformer", "fsdp2", 2, 1, 2),
+    ("transformer", "fsdp2", 1, 2, 2),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "dp", "tp", "domain"), CASES)
+def test_memory_is_within_a_tenth_of_what_is_allocated(worlds, name, data, dp, tp, domain) -> None:
+    """And the halo messages are the very ones."""
+    given = conf(data, tp, domain)
+    expected = planned(name, given, MeshShape(dp, tp, domain))
+    found = worlds(dp * tp * domain).run(allocated, name, given, dp)
+    busiest = max(found, key=lambda one: one[0])
+    assert expected.step == pytest.approx(busiest[0], rel=0.1)
+    assert expected.memory == pytest.approx(sum(busiest[:3]), rel=0.1)
+    # FSDP2 rounds shards of each parameter up.
+    assert expected.parameters == pytest.approx(busiest[1], rel=0.03)
+    assert expected.optimizer == pytest.approx(busiest[2], rel=0.03)
+    middle = found[domain // 2]
+    assert expected.messages == middle[4]
+    assert expected.tensor == middle[5] * 2 * (tp - 1) // tp
+
+
+def test_activation_checkpointing_and_smaller_batches_need_less() -> None:
+    plain, again, parts = (
+        planned("transformer", conf("ddp", 1, 1, **more), MeshShape(1, 1, 1)).step
+        for more in ({}, {"activation_checkpointing": True}, {"accumulate": 4})
+    )
+    assert again < 0.8 * plain
+    assert parts < 0.35 * plain
+
+
+def lines(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines() if line[:4].strip().isdigit()]
+
+
+def config(*changes: str) -> Any:
+    return load_config("configs/quickstart.yaml", changes)
+
+
+def test_the_table_holds_every_mesh_and_recommends_one_that_fits() -> None:
+    changes = ("model={name: transformer, width: 16}", "trainer.parallelism.data=fsdp2")
+    text = plan(config(*changes), gpus=8, gpu_memory=1.0, gpus_per_node=4)
+    rows = lines(text)
+    assert sorted(tuple(map(int, row[:3])) for row in rows) == sorted(
+        (8 // tp // domain, tp, domain) for tp in (1, 2, 4) for domain in (1, 2, 4, 8) if tp * domain <= 8
+    )
+    assert all(row[-1] == "yes" for row in rows)
+    assert f"Recommended: dp {rows[0][0]} x tp {rows[0][1]} x domain {rows[0][2]}." in text
+    assert "dp 1 x tp 8 x domain 1: blocks.0.attention (WindowAttention): torch.Tensor.view cannot be done" in text
+    least = min(float(row[6]) for row in rows)
+    tight = plan(config(*changes), gpus=8, gpu_memory=least / 1000 * 1.3, gpus_per_node=4)
+    assert {row[-1] for row in lines(tight)} == {"yes", "no"}
+    assert lines(tight)[0][-1] == "yes"
+    none = plan(config(*changes), gpus=8, gpu_memory=1e-6, gpus_per_node=4)
+    assert "None fits into 90% of 1e-06 GB" in none
+    assert "use more devices, trainer.activation_checkpointing" in none
+
+
+def test_plans_reach_from_one_rank_to_thousands() -> None:
+    assert "Recommended: dp 1 x tp 1 x domain 1." in plan(config(), 1, 1.0, 4)
+    changes = ("trainer.batch_size=1024", "trainer.parallelism.data=fsdp2")
+    rows = lines(plan(config(*changes), 4096, 1.0, 4))
+    assert {tuple(map(int, row[:3])) for row in rows} == {(4096 // d, 1, d) for d in (4, 8, 16, 32)}
+    with pytest.raises(ConfigError, match=r"4096 ranks make no mesh for this config; .*latitudes cannot be cut over"):
+        plan(config("trainer.batch_size=2"), 4096, 1.0, 4)
