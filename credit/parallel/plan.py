@@ -171,7 +171,7 @@ class Planner:
         samples, rest = divmod(self.trainer["batch_size"], shape.dp * accumulate)
         if rest:
             raise ConfigError(
-                f"batch_size {self.trainer['batch_size']} does not divide by dp {shape.dp} x {accumulate}"
+                f"batch_size {self.trainer['batch_size']} does not divide by dp x accumulate {accumulate}"
             )
         if shape.domain > self.field[1]:
             raise ConfigError(f"{self.field[1]} latitudes cannot be cut over domain: {shape.domain}")
@@ -190,7 +190,7 @@ class Planner:
             domain=accumulate * (domain.bytes + _ring(domain.collective_bytes, shape.domain)),
             tensor=accumulate * _ring(tensor.collective_bytes, shape.tp),
             data=weights.sent(sharded, reduced, accumulate, self.trainer),
-            collectives=accumulate * (domain.collectives + tensor.collectives) + weights.collectives(sharded),
+            collectives=accumulate * (domain.collectives + tensor.collectives) + weights.collectives(sharded, reduced),
             messages=accumulate * domain.messages,
         )
 
@@ -263,12 +263,18 @@ class _Weights:
         return self.stored if data == "ddp" and reduced > 1 else 0
 
     def sent(self, sharded: int, reduced: int, accumulate: int, trainer: dict) -> int:
-        """Bytes for parameters and gradients."""
+        """Bytes for parameters and gradients.
+
+        Gradients once around; where they are sharded each block is gathered before its forward and, having been
+        dropped, before its backward, the rest once, and each gradient is scattered.
+        """
         if sharded == 1:
             return _ring(self.stored, reduced)
-        gathers = accumulate * (2 if trainer.get("reshard_after_forward", True) else 1)
-        inside = (gathers * self.wire + self.stored) * (sharded - 1) // sharded
+        again = self.computed * sum(self.groups[:-1]) if trainer.get("reshard_after_forward", True) else 0
+        inside = (accumulate * (self.wire + again) + self.stored) * (sharded - 1) // sharded
         return inside + _ring(self.stored // sharded, reduced // sharded)
 
-    def collectives(self, sharded: int) -> int:
-        return 3 * len(self.groups) if sharded > 1 else 1
+    def collectives(self, sharded: int, reduced: int) -> int:
+        if sharded > 1:
+            return 3 * len(self.groups) - 1
+        return int(reduced > 1)

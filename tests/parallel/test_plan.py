@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.mesh import Wire
 from credit.config import load_config
 from credit.domain_parallel import DomainParallelManager
 from credit.errors import ConfigError
@@ -16,7 +17,6 @@ from credit.models.unet import UNet
 from credit.parallel import build_device_mesh, parallelize, reduce_gradients, shard_spatial
 from credit.parallel.mesh import MeshShape
 from credit.parallel.plan import Planner, StepCost
-from credit.parallel.tensor_parallel import cut_layers
 from credit.training.plan import plan
 
 FIELD, OUT, BATCH = (8, 32, 64), 6, 4
@@ -34,8 +34,8 @@ def planned(name: str, given: dict[str, Any], shape: MeshShape) -> StepCost:
     return Planner(BUILD[name], FIELD, given, DOMAIN_CONVERTERS).cost(shape)
 
 
-def allocated(name: str, given: dict[str, Any], dp: int) -> tuple[int, int, int, int, int, int]:
-    """(bytes of a step at its worst moment by the allocator, of parameters, of optimiser; three of traffic)."""
+def allocated(name: str, given: dict[str, Any], dp: int) -> tuple[int, ...]:
+    """(bytes of a step at its worst moment by the allocator, of parameters, of optimiser; messages, bytes, calls)."""
     torch.manual_seed(0)
     mesh, _ = build_device_mesh(given["trainer"]["parallelism"], "cpu")
     manager = DomainParallelManager.from_mesh(mesh)
@@ -53,10 +53,11 @@ def allocated(name: str, given: dict[str, Any], dp: int) -> tuple[int, int, int,
     step()
     optimizer.step()
     optimizer.zero_grad()
+    step()  # DDP lays its buckets out anew after the first
     manager.traffic.reset()
-    group = next((layer._tp_group for _, layer in cut_layers(model)), None)
-    if group is not None:
-        group.counted.reset()
+    with Wire() as wire:
+        step()
+    messages = manager.traffic.messages
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     now = peak = 0
@@ -69,8 +70,7 @@ def allocated(name: str, given: dict[str, Any], dp: int) -> tuple[int, int, int,
         return sum(getattr(t, "_local_tensor", t).nbytes for t in tensors)
 
     states = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
-    traffic = (manager.traffic.bytes, manager.traffic.messages, group.counted.collective_bytes if group else 0)
-    return peak, bytes_of(model.parameters()), bytes_of(states), *traffic
+    return peak, bytes_of(model.parameters()), bytes_of(states), messages, wire.bytes, wire.calls
 
 
 CASES = [
@@ -88,7 +88,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "data", "dp", "tp", "domain"), CASES)
 def test_memory_is_within_a_tenth_of_what_is_allocated(worlds, name, data, dp, tp, domain) -> None:
-    """And the halo messages are the very ones."""
+    """And what it sends is what torch is seen to send, whoever starts it."""
     given = conf(data, tp, domain)
     expected = planned(name, given, MeshShape(dp, tp, domain))
     found = worlds(dp * tp * domain).run(allocated, name, given, dp)
@@ -98,9 +98,10 @@ def test_memory_is_within_a_tenth_of_what_is_allocated(worlds, name, data, dp, t
     # FSDP2 rounds shards of each parameter up.
     assert expected.parameters == pytest.approx(busiest[1], rel=0.03)
     assert expected.optimizer == pytest.approx(busiest[2], rel=0.03)
-    middle = found[domain // 2]
-    assert expected.messages == middle[4]
-    assert expected.tensor == middle[5] * 2 * (tp - 1) // tp
+    assert expected.messages == found[domain // 2][3]
+    assert expected.data + expected.tensor + expected.domain == pytest.approx(max(one[4] for one in found), rel=0.01)
+    buckets = 1 if data == "ddp" else 0  # DDP begins with a bucket of 1 MiB
+    assert 0 <= max(one[5] for one in found) - expected.messages - expected.collectives <= buckets
 
 
 def test_activation_checkpointing_and_smaller_batches_need_less() -> None:
