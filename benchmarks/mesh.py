@@ -26,6 +26,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -61,6 +62,7 @@ class Wire(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = self.calls = 0
+        self.names: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         space, _, name = func.name().partition("::")
@@ -73,6 +75,7 @@ class Wire(TorchDispatchMode):
         ranks = dist.ProcessGroup.unbox(groups[0]).size()
         sizes = [tensor.nbytes for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
         self.calls += 1
+        self.names[name] += 1
         if name == "send":
             self.bytes += sum(sizes)
         elif name == "allreduce_":

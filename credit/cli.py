@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(error, _user_errors()):
             raise
         # All ranks know the same error by now: one says it. Without ranks this is the only process.
-        if os.environ.get("RANK", "0") == "0":
+        from credit.launch.ranks import speaks
+
+        if speaks():
             print(f"credit: error: {error}", file=sys.stderr, flush=True)
         return 2
 
@@ -153,14 +154,14 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _parity(arguments: argparse.Namespace) -> int:
-    from credit.launch.ranks import discover_ranks
+    from credit.launch.ranks import choose
 
     if arguments.ranks is not None:
         tensor = _load(arguments).trainer.parallelism.tensor
         if arguments.ranks % tensor:
             raise ConfigError(f"--ranks {arguments.ranks} is not a multiple of trainer.parallelism.tensor: {tensor}")
         arguments.set = [*arguments.set, f"trainer.parallelism.domain={arguments.ranks // tensor}"]
-    if discover_ranks().source != "torchrun":
+    if choose().size == 1:
         trainer = _load(arguments).trainer
         ranks = trainer.parallelism.domain * trainer.parallelism.tensor
         if ranks > 1:

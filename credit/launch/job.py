@@ -16,7 +16,8 @@ from credit.config import Config
 from credit.domain_parallel.manager import DomainParallelManager
 from credit.domain_parallel.partition import Partition
 from credit.errors import ConfigError, LaunchError
-from credit.launch.ranks import Ranks, discover_ranks
+from credit.launch.ranks import Ranks
+from credit.launch.rendezvous import join
 from credit.parallel.collectives import gather_objects, together
 from credit.parallel.fsdp2 import gradient_mesh
 from credit.parallel.mesh import MeshShape, build_device_mesh, mesh_coords, mesh_shape
@@ -68,7 +69,7 @@ def start_job(load: Callable[[], Config]) -> Iterator[Job]:
     Raises:
         CreditError: on every rank alike.
     """
-    ranks = discover_ranks()
+    ranks = join()
     config, error = None, None
     try:
         config = load()
@@ -81,7 +82,7 @@ def start_job(load: Callable[[], Config]) -> Iterator[Job]:
         torch.cuda.set_device(device)
     ours = ranks.world_size > 1 and not dist.is_initialized()
     if ours:
-        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
+        _start_process_group(ranks, "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout)
     try:
         with together("reading the config"):
             if error is not None:
@@ -98,6 +99,23 @@ def start_job(load: Callable[[], Config]) -> Iterator[Job]:
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def _start_process_group(ranks: Ranks, backend: str, timeout: timedelta) -> None:
+    """Where `join` found the meeting place, or by what torchrun put into the environment."""
+    meeting = ranks.rendezvous
+    if meeting is None:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    store = dist.TCPStore(
+        meeting.address,
+        meeting.port,
+        ranks.world_size,
+        is_master=ranks.rank == 0,
+        timeout=timeout,
+        master_listen_fd=meeting.listening,
+    )
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
 
 
 def checked_mesh_shape(config: Config, world_size: int) -> MeshShape:

@@ -1,51 +1,270 @@
-"""Who am I: this process's place among the ranks, from the environment its launcher gave it. No torch."""
+"""What the launchers say of this process: claims read from the environment, one of them taken, the others compared.
+
+The one that counts is, in this order: `CREDIT_LAUNCHER`, torchrun, MPI, Slurm, PALS, submitit on this machine, or
+nobody, which means a single process. No torch, no MPI: those are for `credit.launch.rendezvous`.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import os
-from collections.abc import Mapping
+import re
+import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from credit.errors import LaunchError
 
-# What other launchers set when they start several processes, and torchrun does not.
-_MANY_TASKS = {
-    "OMPI_COMM_WORLD_SIZE": "mpiexec (Open MPI)",
-    "PMI_SIZE": "mpiexec (MPICH)",
-    "PALS_NRANKS": "mpiexec (PALS)",
-    "SLURM_STEP_NUM_TASKS": "srun",
-}
+LAUNCHERS = ("torchrun", "mpi", "slurm", "pals", "submitit", "single")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one launcher says.
+
+    Attributes:
+        source: one of `LAUNCHERS`.
+        said_by: the command, for messages.
+        rank, size: in the launcher's own numbering.
+        local_rank, local_size: among the processes that it started on this node; None if it does not say.
+        job: names the start of these ranks, the same on all of them and on no others.
+        first_host: where rank 0 is; None if the launcher does not say, or brings its own rendezvous.
+    """
+
+    source: str
+    said_by: str
+    rank: int
+    size: int
+    local_rank: int | None = None
+    local_size: int | None = None
+    job: str = ""
+    first_host: str | None = None
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks meet: rank 0 listens already, on the file descriptor `listening`; the others connect."""
+
+    address: str
+    port: int
+    listening: int | None = None
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process among `world_size`, and who said so."""
+    """One process among `world_size`, renumbered by (node, local rank), and who said so.
+
+    Attributes:
+        rendezvous: None for one process, and for torchrun, which has its own.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     source: str
+    rendezvous: Rendezvous | None = None
 
 
-def discover_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
-    """Read torchrun's environment; without it, this is the only process.
+def claims(env: Mapping[str, str] = os.environ) -> list[Claim]:
+    """Everything that the environment says of this process's place, in the order of precedence.
 
     Raises:
-        LaunchError: if torchrun's variables are incomplete, or if another launcher started several processes,
-            each of which would take itself for the only one.
+        LaunchError: if the variables of a launcher are incomplete.
     """
+    found = [_torchrun(env), _mpi(env), _slurm(env), _pals(env), _submitit(env)]
+    return [claim for claim in found if claim is not None]
+
+
+def choose(env: Mapping[str, str] = os.environ) -> Claim:
+    """The claim that counts, after comparing it with the others.
+
+    Raises:
+        LaunchError: if what the launchers say cannot be true together, with the remedy.
+    """
+    found = claims(env)
+    explicit = env.get("CREDIT_LAUNCHER")
+    if explicit is not None and explicit not in LAUNCHERS:
+        raise LaunchError(f"CREDIT_LAUNCHER is {explicit!r}, not one of {', '.join(LAUNCHERS)}")
+    single = Claim("single", "nobody", 0, 1, 0, 1)
+    if explicit == "single":
+        return single
+    if explicit == "mpi" and not any(claim.source == "mpi" for claim in found):
+        chosen = Claim("mpi", "CREDIT_LAUNCHER", 0, 0)
+    elif explicit is not None:
+        named = [claim for claim in found if claim.source == explicit]
+        if not named:
+            raise LaunchError(f"CREDIT_LAUNCHER is {explicit}, but the environment has none of its variables")
+        chosen = named[0]
+    else:
+        chosen = found[0] if found else single
+    if chosen.source == "single":
+        _refuse_lost_launcher(env)
+    if chosen.source == "torchrun":
+        _compare_with_outer(chosen, [claim for claim in found if claim.source != "torchrun"], env)
+    return chosen
+
+
+def speaks(env: Mapping[str, str] = os.environ) -> bool:
+    """True on the process that prints what all know: the first by every launcher's account."""
+    try:
+        return all(claim.rank == 0 for claim in claims(env))
+    except LaunchError:
+        return env.get("RANK", "0") == "0"
+
+
+def _torchrun(env: Mapping[str, str]) -> Claim | None:
     given = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in env]
-    if len(given) == 3:
-        return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), "torchrun")
-    if given:
+    if not given:
+        return None
+    if len(given) < 3:
         raise LaunchError(
             f"the environment has {', '.join(given)} but not all of RANK, WORLD_SIZE and LOCAL_RANK: "
             f"start the ranks with torchrun, or unset what is left of it"
         )
-    for name, launcher in _MANY_TASKS.items():
-        if int(env.get(name, "1")) > 1:
+    said_by = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "the environment (RANK, WORLD_SIZE)"
+    local_size = int(env["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in env else None
+    return Claim("torchrun", said_by, int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), local_size)
+
+
+def _mpi(env: Mapping[str, str]) -> Claim | None:
+    open_mpi = [env.get(f"OMPI_COMM_WORLD_{name}") for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
+    mpich = [env.get(name) for name in ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")]
+    for said_by, given in (("mpiexec (Open MPI)", open_mpi), ("mpiexec (MPICH)", mpich)):
+        numbers = [int(number) for number in given if number is not None]
+        if len(numbers) == 4:
+            return Claim("mpi", said_by, numbers[0], numbers[1], numbers[2], numbers[3])
+    return None
+
+
+def _slurm(env: Mapping[str, str]) -> Claim | None:
+    """The step's; a batch script has SLURM_PROCID too, without being a task."""
+    if not env.get("SLURM_STEP_ID", "").isdigit() or "SLURM_PROCID" not in env:
+        return None
+    node, each = int(env.get("SLURM_NODEID", "0")), _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    job = f"{env.get('SLURM_JOB_ID')}.{env['SLURM_STEP_ID']}.{env.get('SLURM_RESTART_COUNT', '0')}"
+    hosts = expand_nodelist(env.get("SLURM_STEP_NODELIST", "localhost"))
+    size, local = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", "0"))
+    return Claim("slurm", "srun", int(env["SLURM_PROCID"]), size, local, each[node], job, hosts[0])
+
+
+def _pals(env: Mapping[str, str]) -> Claim | None:
+    if "PALS_RANKID" not in env:
+        return None
+    size = env.get("PMI_SIZE") or env.get("PALS_NRANKS")
+    if size is None:
+        raise LaunchError("mpiexec (PALS) says PALS_RANKID, but nothing says how many ranks there are (PMI_SIZE)")
+    nodes = Path(env.get("PBS_NODEFILE", "/nonexistent"))
+    first = nodes.read_text().split()[0] if nodes.is_file() else None
+    job = f"{env.get('PBS_JOBID', '')}.{env.get('PALS_APID', '')}"
+    local = [int(env[name]) if name in env else None for name in ("PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE")]
+    return Claim("pals", "mpiexec (PALS)", int(env["PALS_RANKID"]), int(size), local[0], local[1], job, first)
+
+
+def _submitit(env: Mapping[str, str]) -> Claim | None:
+    if "SUBMITIT_LOCAL_NTASKS" not in env:
+        return None
+    names = ("GLOBALRANK", "NTASKS", "LOCALID", "NTASKS")
+    rank, size, local, local_size = (int(env[f"SUBMITIT_LOCAL_{name}"]) for name in names)
+    return Claim("submitit", "submitit", rank, size, local, local_size, env["SUBMITIT_LOCAL_JOB_ID"], "localhost")
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Slurm's "2(x3),1" as [2, 2, 2, 1]."""
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in counts for _ in range(int(times or 1))]
+
+
+def expand_nodelist(text: str) -> list[str]:
+    """Slurm's "n[0-2,07],m1" as [n0, n1, n2, n07, m1]. Containers have no scontrol to ask."""
+    return [name for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text) for name in _expand(part)]
+
+
+def _expand(part: str) -> Iterator[str]:
+    head, bracket, rest = part.partition("[")
+    if not bracket:
+        yield part
+        return
+    inside, _, tail = rest.partition("]")
+    for run in inside.split(","):
+        low, _, high = run.partition("-")
+        for number in range(int(low), int(high or low) + 1):
+            for end in _expand(tail):
+                yield f"{head}{number:0{len(low)}d}{end}"
+
+
+def _compare_with_outer(inner: Claim, outer: list[Claim], env: Mapping[str, str]) -> None:
+    """torchrun itself may have been started by another launcher, once a node."""
+    agents = int(env["GROUP_WORLD_SIZE"]) if "GROUP_WORLD_SIZE" in env else None
+    for claim in outer:
+        if claim.size == 1:
+            continue
+        if agents is None:  # the variables were set by hand: one process a task
+            if (claim.rank, claim.size) != (inner.rank, inner.size):
+                raise LaunchError(
+                    f"{claim.said_by} says rank {claim.rank} of {claim.size}, but RANK and WORLD_SIZE say {inner.rank} "
+                    f"of {inner.size}: unset RANK, WORLD_SIZE and LOCAL_RANK, {claim.said_by} alone is enough"
+                )
+        elif claim.local_size is not None and claim.local_size > 1:
             raise LaunchError(
-                f"{launcher} started {env[name]} processes ({name}), and each would train alone: start one "
-                f"torchrun per node under it, as in `srun --ntasks-per-node 1 torchrun ... -m credit train CONFIG`"
+                f"double launch: {claim.said_by} started {claim.local_size} processes on this node, and each started "
+                f"torchrun, which starts {inner.local_size} more: start torchrun once a node "
+                f"(srun --ntasks-per-node=1 torchrun ...), or none at all (srun python -m credit ...)"
             )
-    return Ranks(0, 1, 0, "single process")
+        elif agents != claim.size:
+            raise LaunchError(
+                f"{claim.said_by} started torchrun on {claim.size} nodes, but torchrun makes a world of {agents}: the "
+                f"nodes would train apart. Give torchrun --nnodes={claim.size} and a rendezvous that all nodes reach"
+            )
+    several = (agents or 1) > 1 or (inner.local_size is not None and inner.size > inner.local_size)
+    address = env.get("MASTER_ADDR", "")
+    if several and is_loopback(address):
+        raise LaunchError(
+            f"MASTER_ADDR is {address}, which every node takes for itself, but there are several nodes: "
+            f"give the first node's name (torchrun --master-addr or --rdzv-endpoint)"
+        )
+
+
+def is_loopback(address: str) -> bool:
+    """True if a name or an address is that of the host that asks."""
+    try:
+        return ipaddress.ip_address(socket.gethostbyname(address)).is_loopback
+    except OSError:
+        return False
+
+
+def _refuse_lost_launcher(env: Mapping[str, str]) -> None:
+    """One process that somebody started several of would train alone, and its peers too."""
+    tasks = int(env.get("SLURM_NTASKS", "1"))
+    if "SLURM_JOB_ID" in env and "SLURM_STEP_ID" not in env and tasks > 1:
+        raise LaunchError(
+            f"the Slurm job {env['SLURM_JOB_ID']} has {tasks} tasks, but this process was started without srun, and "
+            f"would be the only one: write `srun` before the command, or set CREDIT_LAUNCHER=single for one process"
+        )
+    for name in _ancestors():
+        if re.fullmatch(r"hydra_pmi_proxy|orted|prted|palsd|hydra_bstrap_proxy", name):
+            raise LaunchError(
+                f"mpiexec started this process ({name}), but its variables did not get here, so every rank would train "
+                f"alone: a container's --cleanenv drops them; leave it out, or pass PMI_*, MPI_LOCAL*, OMPI_*; or set "
+                f"CREDIT_LAUNCHER=single for one process"
+            )
+        step = re.fullmatch(r"slurmstepd: \[(\d+)\.(\d+)\]", name)
+        if step and "SLURM_STEP_ID" not in env:
+            raise LaunchError(
+                f"srun started this process (step {step[1]}.{step[2]}), but its variables did not get here, so every "
+                f"rank would train alone: a container's --cleanenv drops SLURM_*; leave it out, or pass them; or set "
+                f"CREDIT_LAUNCHER=single for one process"
+            )
+
+
+def _ancestors() -> Iterator[str]:
+    """Names of the processes above this one, as far as /proc shows them; of slurmstepd with its step."""
+    pid = os.getppid()
+    while pid > 1:
+        try:
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            return
+        yield title if title.startswith("slurmstepd") else os.path.basename(title)
+        pid = parent

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from benchmarks.mesh import Wire
 from credit.domain_parallel import DomainParallelManager
 from credit.models import DOMAIN_CONVERTERS
 from credit.models.transformer import ConvMLP, WindowTransformer
@@ -183,6 +184,35 @@ def test_options_that_save_memory_or_time_do_not_change_the_curve(worlds, mode: 
         given = conf(mode, *shape[1:], **OPTIONS[option])
         for wrong in worlds(4).run(compared, "transformer", given, serial("transformer")):
             assert not wrong
+
+
+def reductions(given: dict[str, Any]) -> tuple[int, int]:
+    """In one optimiser step: collectives that add gradients up, and other ones, which gather parameters."""
+    mesh, manager = layout("ddp", 1, 1)
+    model = parallelize(Transformer().double(), mesh, given, manager, DOMAIN_CONVERTERS)
+    x, _, _ = data(0)
+    parts = given["trainer"].get("accumulate", 1)
+
+    def step() -> None:
+        for part in range(parts):
+            with synchronize_gradients(model, part == parts - 1):
+                model(x[:2]).square().mean().backward()
+        reduce_gradients(model, mesh, given)
+
+    step()
+    step()  # DDP lays its buckets out anew after the first step
+    with Wire() as wire:
+        step()
+    adding = sum(count for name, count in wire.names.items() if "reduce" in name)
+    return adding, sum(wire.names.values()) - adding
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2 over dp"])
+def test_accumulated_gradients_are_reduced_once(worlds, mode: str) -> None:
+    once, twice = (worlds(2).run(reductions, conf(mode, 1, 1, accumulate=parts))[0] for parts in (1, 2))
+    assert once[0] > 0
+    assert twice[0] == once[0]
+    assert twice[1] == 2 * once[1]
 
 
 class Unused(Transformer):
