@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from credit import __version__
-from credit.errors import ConfigError, CreditError
+from credit.errors import ConfigError, CreditError, Stopped
 
 EXAMPLES = """examples:
   credit train configs/era5_sample.yaml
@@ -34,8 +34,19 @@ PLAN_EXAMPLES = """examples:
 """
 
 
+LAYOUT_EXAMPLES = """examples:
+  credit layout my.yaml --nodes 4 --gpus-per-node 4
+  srun -N 4 --ntasks-per-node 4 python -m credit layout my.yaml
+"""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; the exit code: 0, 1 if a check fails, 2 for an error the user can mend (printed as a paragraph)."""
+    """Run one verb.
+
+    Returns:
+        The exit code: 0; 1 if a check fails; 2 for an error the user can mend, printed as a paragraph; 75 if a signal
+        stopped it and the same command goes on.
+    """
     arguments = _parser().parse_args(argv)
     try:
         return arguments.verb(arguments) or 0
@@ -45,9 +56,10 @@ def main(argv: list[str] | None = None) -> int:
         # All ranks know the same error by now: one says it. Without ranks this is the only process.
         from credit.launch.ranks import speaks
 
-        if speaks():
-            print(f"credit: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        if getattr(error, "speaks", None) or (not hasattr(error, "speaks") and speaks()):
+            word = "stopped" if isinstance(error, Stopped) else "error"
+            print(f"credit: {word}: {error}", file=sys.stderr, flush=True)
+        return getattr(error, "exit_code", 2)
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
@@ -86,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     planned.epilog, planned.formatter_class = PLAN_EXAMPLES, argparse.RawDescriptionHelpFormatter
     export = _verb(verbs, "export", _export, "write the newest checkpoint's weights as one plain state dict")
     export.add_argument("path", type=Path, help="the file to write, for torch.load or trainer.init_from")
+    _verb(
+        verbs, "status", _status, "how far the run is; exit code 0 if finished, 75 if stopped by a signal, 1 otherwise"
+    )
+    layout = _verb(verbs, "layout", _layout, "where every rank stands on the mesh: of this job, or of a planned one")
+    layout.add_argument("--nodes", type=int, default=None, help="plan for this many nodes, without starting ranks")
+    layout.add_argument("--gpus-per-node", type=int, default=4, help="ranks a node of the plan (default: 4)")
+    layout.epilog, layout.formatter_class = LAYOUT_EXAMPLES, argparse.RawDescriptionHelpFormatter
     data = verbs.add_parser("data", help="make data, and statistics of data")
     kinds = data.add_subparsers(title="verbs", required=True, metavar="VERB")
     _verb(kinds, "stats", _stats, "write the normalisation statistics of the training period")
@@ -190,6 +209,31 @@ def _export(arguments: argparse.Namespace) -> None:
 
     with start_job(lambda: _load(arguments)) as job:
         export(job, arguments.path)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from credit.status import read_status
+
+    line, code = read_status(_load(arguments).run)
+    print(line)
+    return code
+
+
+def _layout(arguments: argparse.Namespace) -> None:
+    from credit.layout import Seat, mesh_shape, table
+
+    if arguments.nodes is not None:
+        parallelism = _load(arguments).trainer.parallelism
+        seats = [Seat(f"node{n}", f"gpu {i}") for n in range(arguments.nodes) for i in range(arguments.gpus_per_node)]
+        try:
+            print(table(mesh_shape(parallelism.model_dump(), len(seats)), seats))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        return
+    from credit.launch.job import start_job
+
+    with start_job(lambda: _load(arguments)) as job:
+        job.say(table(job.shape, job.seats))
 
 
 def _stats(arguments: argparse.Namespace) -> None:

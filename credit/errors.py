@@ -6,6 +6,8 @@ from __future__ import annotations
 class CreditError(Exception):
     """Something the user can mend: a config, a file, a layout."""
 
+    exit_code = 2
+
 
 class ConfigError(CreditError):
     """The config asks for something that does not exist or does not fit."""
@@ -21,3 +23,9 @@ class LaunchError(CreditError):
 
 class CheckpointError(CreditError):
     """A checkpoint cannot be read, or belongs to another run."""
+
+
+class Stopped(CreditError):
+    """A signal announced the end of the job; all ranks have saved, and the same command goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again

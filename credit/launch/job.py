@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,11 +17,13 @@ from credit.config import Config
 from credit.domain_parallel.manager import DomainParallelManager
 from credit.domain_parallel.partition import Partition
 from credit.errors import ConfigError, LaunchError
+from credit.launch.failure import naming_lost_peers
 from credit.launch.ranks import Ranks
 from credit.launch.rendezvous import join
+from credit.layout import MeshShape, Seat, mesh_coords, mesh_shape
 from credit.parallel.collectives import gather_objects, together
 from credit.parallel.fsdp2 import gradient_mesh
-from credit.parallel.mesh import MeshShape, build_device_mesh, mesh_coords, mesh_shape
+from credit.parallel.mesh import build_device_mesh
 
 START_TIMEOUT_S = 600.0
 """How long ranks wait for each other before the config says otherwise."""
@@ -31,6 +34,7 @@ class Job:
     """One rank's view of a running job.
 
     Attributes:
+        seats: where every rank is.
         coords, shape: this rank's place on the mesh (dp, tp, domain), and the mesh's sizes.
         manager: of the domain group; of one rank where the domain is 1.
         gradient_mesh: the ranks over which gradients are averaged, dp x domain; None for one.
@@ -38,6 +42,7 @@ class Job:
 
     config: Config
     ranks: Ranks
+    seats: list[Seat]
     device: torch.device
     mesh: DeviceMesh | None
     gradient_mesh: DeviceMesh | None
@@ -76,46 +81,45 @@ def start_job(load: Callable[[], Config]) -> Iterator[Job]:
     except ConfigError as caught:
         error = caught
     timeout = timedelta(seconds=config.trainer.timeout if config else START_TIMEOUT_S)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", ranks.local_rank)
-        torch.cuda.set_device(device)
     ours = ranks.world_size > 1 and not dist.is_initialized()
     if ours:
-        _start_process_group(ranks, "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout)
-    try:
-        with together("reading the config"):
-            if error is not None:
-                raise error
-        assert config is not None
-        _refuse_differences(config)
-        with together("building the mesh"):
-            shape = checked_mesh_shape(config, ranks.world_size)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        _start_process_group(ranks, backend, timeout)
+    with together("reading the config"):
+        if error is not None:
+            raise error
+    assert config is not None
+    with together("choosing the device"):
+        device = choose_device(ranks.local_rank)
+    seats = _agree(config, device)
+    with together("building the mesh"):
+        shape = checked_mesh_shape(config, ranks.world_size)
+    with naming_lost_peers(ranks.rank, seats, shape, timeout.total_seconds()):
         mesh, _ = build_device_mesh(config.trainer.parallelism.model_dump(), device.type)
         flat = gradient_mesh(mesh)
         _bound_waits([mesh, flat], timeout)
         manager = DomainParallelManager.from_mesh(mesh)
-        yield Job(config, ranks, device, mesh, flat, shape, mesh_coords(shape, ranks.rank), manager)
-    finally:
-        if ours:
-            dist.destroy_process_group()
+        yield Job(config, ranks, seats, device, mesh, flat, shape, mesh_coords(shape, ranks.rank), manager)
+    if ours:  # after a failure the process ends, and taking the groups down could wait for those who are gone
+        dist.destroy_process_group()
 
 
 def _start_process_group(ranks: Ranks, backend: str, timeout: timedelta) -> None:
     """Where `join` found the meeting place, or by what torchrun put into the environment."""
     meeting = ranks.rendezvous
-    if meeting is None:
-        dist.init_process_group(backend, timeout=timeout)
-        return
-    store = dist.TCPStore(
-        meeting.address,
-        meeting.port,
-        ranks.world_size,
-        is_master=ranks.rank == 0,
-        timeout=timeout,
-        master_listen_fd=meeting.listening,
-    )
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
+    try:
+        if meeting is None:
+            dist.init_process_group(backend, timeout=timeout)
+            return
+        first = ranks.rank == 0
+        world, fd = ranks.world_size, meeting.listening
+        store = dist.TCPStore(meeting.address, meeting.port, world, first, timeout, master_listen_fd=fd)
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=world, timeout=timeout)
+    except dist.DistError as error:
+        where = f"{meeting.address}:{meeting.port}" if meeting else "the address that torchrun gave"
+        raise LaunchError(
+            f"rank {ranks.rank} did not meet the others at {where}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def checked_mesh_shape(config: Config, world_size: int) -> MeshShape:
@@ -137,15 +141,56 @@ def checked_mesh_shape(config: Config, world_size: int) -> MeshShape:
     return shape
 
 
-def _refuse_differences(config: Config) -> None:
-    """Every rank must run the same thing."""
+def choose_device(local_rank: int) -> torch.device:
+    """This rank's device: the only visible one, or that of its number on the node; the CPU where there is none.
+
+    Raises:
+        LaunchError: if the node has fewer devices than ranks.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if 1 < visible <= local_rank:
+        raise LaunchError(
+            f"{socket.gethostname()} has {visible} GPUs, but rank {local_rank} of those on it asks for one of its own: "
+            f"start at most {visible} ranks a node"
+        )
+    device = torch.device("cuda", 0 if visible == 1 else local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _agree(config: Config, device: torch.device) -> list[Seat]:
+    """Every rank must run the same thing, on a device of its own; where they all are."""
+    name = "cpu" if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
+    seat = Seat(socket.gethostname(), name)
     facts = {"config": config.digest, "credit": credit.__version__, "torch": torch.__version__}
-    everyone = gather_objects(facts)
-    for name in facts:
-        values = {str(one[name]): rank for rank, one in reversed(list(enumerate(everyone)))}
+    everyone = gather_objects((seat, facts))
+    seats = [one for one, _ in everyone]
+    refuse_differences(seats, [facts for _, facts in everyone])
+    refuse_shared_devices(seats)
+    return [Seat(host, "cpu" if uuid == "cpu" else f"gpu {uuid[:8]}") for host, uuid in seats]
+
+
+def refuse_differences(seats: Sequence[Seat], facts: Sequence[dict[str, str]]) -> None:
+    """Raise a LaunchError that names what differs, with the ranks and hosts."""
+    for name in facts[0]:
+        values = {one[name]: rank for rank, one in reversed(list(enumerate(facts)))}
         if len(values) > 1:
-            listed = ", ".join(f"{value} (rank {rank})" for value, rank in values.items())
+            listed = ", ".join(f"{value} (rank {rank} on {seats[rank].host})" for value, rank in values.items())
             raise LaunchError(f"the ranks do not agree on {name}: {listed}. Start them with the same files")
+
+
+def refuse_shared_devices(seats: Sequence[Seat]) -> None:
+    """Raise a LaunchError if two ranks have one GPU; on the CPU they may share."""
+    taken: dict[Seat, int] = {}
+    for rank, seat in enumerate(seats):
+        other = taken.setdefault(seat, rank)
+        if other != rank and seat.device != "cpu":
+            raise LaunchError(
+                f"ranks {other} and {rank} are both on GPU {seat.device} of {seat.host}: start one rank a GPU, and let "
+                f"every rank see all GPUs of its node, or its own alone (srun --gpus-per-task=1)"
+            )
 
 
 def _bound_waits(meshes: list[DeviceMesh | None], timeout: timedelta) -> None:

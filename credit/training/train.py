@@ -16,13 +16,15 @@ from torch.utils.data import DataLoader
 from credit.config import Config, Trainer
 from credit.data.dataset import Fields, StepDataset
 from credit.data.sampler import DataParallelSampler
-from credit.errors import CheckpointError, ConfigError, CreditError
+from credit.errors import CheckpointError, ConfigError, CreditError, Stopped
 from credit.launch.job import Job
+from credit.launch.stop import StopRequest, stop_requests
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
-from credit.parallel.collectives import all_sum, any_rank, clip_grad_norm_, gather_objects, share_failure, together
+from credit.parallel.collectives import all_sum, clip_grad_norm_, gather_objects, share_failure, together
 from credit.parallel.ema import EMA
 from credit.parallel.fsdp2 import synchronize_gradients
 from credit.parallel.parallelize import reduce_gradients
+from credit.status import write_status
 from credit.training.log import StepLog
 from credit.training.loss import LatitudeWeightedMSE
 from credit.training.setup import open_store, prepare_model
@@ -143,6 +145,7 @@ class TrainingRun:
         total = torch.zeros((), dtype=torch.float64, device=self.job.device)
         with self.ema.in_place_of_weights() if self.ema is not None else nullcontext():
             for batch in agreed(self.loaders["valid"], self.job.device):
+                assert batch is not None
                 total += self.share_of_loss(batch).double()
         self.model.train()
         return float(self.sum_of_shares(total)) / self.samplers["valid"].samples
@@ -160,35 +163,59 @@ class TrainingRun:
         return step
 
     def run(self) -> Trained:
-        """All steps that are left, with checkpoints, validation after each epoch, and a log."""
+        """All steps that are left, with checkpoints, validation after each epoch, and a log.
+
+        Raises:
+            Stopped: on all ranks, after saving, if one got a signal of `credit.launch.stop`.
+        """
         first = self.resume()
         trained = Trained(self.model, [], [])
         self.job.config.run.mkdir(parents=True, exist_ok=True)
+        self._tell("running", first)
         log = StepLog(self.job.config.run, first, self.steps, self.job.is_first)
         self.model.train()
-        for epoch in range(first // self.steps_per_epoch, self.trainer.epochs):
-            done = first - epoch * self.steps_per_epoch if epoch == first // self.steps_per_epoch else 0
-            self.samplers["train"].start_at(epoch, done)
-            for step, batch in enumerate(
-                agreed(self.loaders["train"], self.job.device), epoch * self.steps_per_epoch + done
-            ):
-                begin = time.perf_counter()
-                loss, norm, rate = self.train_step(batch, step)
-                trained.losses.append(loss)
-                trained.gradient_norms.append(norm)
-                log.step(step + 1, epoch + 1, loss, norm, rate, self.trainer.batch_size, time.perf_counter() - begin)
-                if not math.isfinite(loss):
-                    raise CreditError(
-                        f"the loss is {loss} at step {step + 1}: lower trainer.learning_rate, or set trainer.clip; "
-                        f"{self.checkpoints.directory} holds the steps before"
-                    )
-                if (step + 1) % self.trainer.checkpoint_every == 0 or step + 1 == self.steps:
-                    self.checkpoints.save(step + 1)
-            trained.valid_loss = self.validate()
-            log.epoch(epoch + 1, (epoch + 1) * self.steps_per_epoch, trained.valid_loss)
+        with stop_requests() as request:
+            for epoch in range(first // self.steps_per_epoch, self.trainer.epochs):
+                self._epoch(epoch, max(first - epoch * self.steps_per_epoch, 0), trained, log, request)
+                trained.valid_loss = self.validate()
+                log.epoch(epoch + 1, (epoch + 1) * self.steps_per_epoch, trained.valid_loss)
         self.checkpoints.close()
         log.close()
+        self._tell("finished", self.steps)
         return trained
+
+    def _epoch(self, epoch: int, done: int, trained: Trained, log: StepLog, request: StopRequest) -> None:
+        """The steps of an epoch, from number `done` on."""
+        self.samplers["train"].start_at(epoch, done)
+        step = epoch * self.steps_per_epoch + done
+        saved = step
+        for batch in agreed(self.loaders["train"], self.job.device, request):
+            if batch is None:
+                if saved < step:
+                    self.checkpoints.save(step)
+                self.checkpoints.close()
+                self._tell("stopped", step)
+                signal = f" by {request.received}" if request else ""
+                raise Stopped(f"at step {step} of {self.steps}{signal}, and saved: the same command goes on from there")
+            begin = time.perf_counter()
+            loss, norm, rate = self.train_step(batch, step)
+            step += 1
+            trained.losses.append(loss)
+            trained.gradient_norms.append(norm)
+            log.step(step, epoch + 1, loss, norm, rate, self.trainer.batch_size, time.perf_counter() - begin)
+            if not math.isfinite(loss):
+                raise CreditError(
+                    f"the loss is {loss} at step {step}: lower trainer.learning_rate, or set trainer.clip; "
+                    f"{self.checkpoints.directory} holds the steps before"
+                )
+            if step % self.trainer.checkpoint_every == 0 or step == self.steps:
+                self.checkpoints.save(step)
+                saved = step
+
+    def _tell(self, state: str, step: int) -> None:
+        """For `credit status`, and for scripts that go on with what is not finished."""
+        if self.job.is_first:
+            write_status(self.job.config.run, state, step, self.steps)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -223,10 +250,13 @@ def refuse_other_run(stored: dict[str, Any], wanted: dict[str, Any]) -> None:
         )
 
 
-def agreed(batches: Iterable[dict[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
+def agreed(
+    batches: Iterable[dict[str, Tensor]], device: torch.device, request: StopRequest | None = None
+) -> Iterator[dict[str, Tensor] | None]:
     """The batches; if reading one fails on any rank, all ranks stop with what it said.
 
-    One small all_reduce a batch: without it, peers would wait for the failing rank until their timeout.
+    If any rank has a stop request, the last that comes is None, on every rank at the same step. One small all_reduce a
+    batch: without it, peers would wait for the failing rank until their timeout.
     """
     iterator = iter(batches)
     while True:
@@ -235,9 +265,14 @@ def agreed(batches: Iterable[dict[str, Tensor]], device: torch.device) -> Iterat
             batch = next(iterator, None)
         except Exception as caught:
             error = caught
-        if any_rank(error is not None, device):
+        flags = torch.tensor([error is not None, bool(request)], dtype=torch.int32, device=device)
+        failed, stop = all_sum(flags).tolist()
+        if failed:
             share_failure(gather_objects(None if error is None else str(error)), "reading a batch", error)
         if batch is None:
+            return
+        if stop:
+            yield None
             return
         yield batch
 

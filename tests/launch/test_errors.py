@@ -122,22 +122,6 @@ def test_a_run_directory_of_another_config(raw, tmp_path) -> None:
     assert "data.variables was ['a', 'b'] and is ['a']" in said
 
 
-def test_processes_that_another_launcher_started(raw, tmp_path) -> None:
-    path = written(raw, tmp_path)
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        [sys.executable, "-m", "credit", "train", str(path)],
-        env={**env, "PMI_SIZE": "4"},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )
-    assert done.returncode == 2
-    assert (
-        "mpiexec (MPICH) started 4 processes (PMI_SIZE), and each would train alone: start one torchrun" in done.stderr
-    )
-
-
 def test_the_store_used_is_the_one_that_was_written(tmp_path) -> None:
     """Guards the fixture: a poisoned time is one that training reads."""
     data = dataset()

@@ -1,0 +1,76 @@
+"""When a collective fails: which rank is gone, said by those that are left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from credit.errors import LaunchError
+from credit.layout import MeshShape, Seat, mesh_coords
+
+ROLL_CALL_S = 10.0
+"""How long survivors wait for each other's answers; they notice a loss at about the same time."""
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Broken pipe",
+    "NCCL",
+    "Read timeout",
+)
+
+
+class PeerLostError(LaunchError):
+    """A rank ended or hangs. `speaks` is true on the first of those that are left."""
+
+    def __init__(self, message: str, speaks: bool) -> None:
+        super().__init__(message)
+        self.speaks = speaks
+
+
+@contextmanager
+def naming_lost_peers(rank: int, seats: Sequence[Seat], shape: MeshShape, timeout: float) -> Iterator[None]:
+    """Turn a collective's failure into a message that names the rank, host and coordinates that do not answer."""
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        if not isinstance(error, dist.DistError) and not any(words in str(error) for words in _LOST):
+            raise
+        silent = _silent(rank, len(seats))
+        if silent is None:
+            raise PeerLostError(
+                f"the ranks' common store on {seats[0].host} is gone: rank 0 ended there", True
+            ) from error
+        if not silent:
+            raise
+        lines = "; ".join(f"rank {lost} on {seats[lost].host} {_coords(shape, lost)}" for lost in silent[:8])
+        more = f" and {len(silent) - 8} more" if len(silent) > 8 else ""
+        first = min(set(range(len(seats))) - set(silent))
+        raise PeerLostError(
+            f"{lines}{more} does not answer: it ended (see its own message, or the node's log), or it has been stuck "
+            f"for {timeout:g} s (trainer.timeout). Run the same command again to go on from the newest checkpoint",
+            rank == first,
+        ) from error
+
+
+def _coords(shape: MeshShape, rank: int) -> str:
+    coords = mesh_coords(shape, rank)
+    return f"(dp {coords.dp}, tp {coords.tp}, domain {coords.domain})"
+
+
+def _silent(rank: int, ranks: int) -> list[int] | None:
+    """The ranks that do not come to the roll call; None if there is no store to hold it in."""
+    store = dist.distributed_c10d._get_default_store()
+    keys = [f"credit/roll_call/{peer}" for peer in range(ranks)]
+    deadline = time.monotonic() + ROLL_CALL_S
+    with suppress(dist.DistError, RuntimeError):
+        store.set_timeout(timedelta(seconds=ROLL_CALL_S))
+        store.set(keys[rank], "here")
+        while time.monotonic() < deadline and not store.check(keys):
+            time.sleep(0.2)
+        return [peer for peer, key in enumerate(keys) if not store.check([key])]
+    return None
