@@ -64,7 +64,7 @@ class StepDataset(Dataset):
     """Samples (x, y): the inputs at a start, and the change to one step later in units of `increment_std`.
 
     A batch is a dictionary of `x` (batch, input channel, row, longitude), `y` (batch, predicted channel, row,
-    longitude), `weight` (batch,) and `sample` (batch,).
+    longitude), `weight` (batch,), `sample` (batch,) and `time` (batch,), seconds since 1970 of the start.
     """
 
     def __init__(self, fields: Fields, period: str) -> None:
@@ -87,4 +87,5 @@ class StepDataset(Dataset):
             "y": (later - now) / self.fields.increment_std,
             "weight": torch.tensor([draw.weight for draw in draws]),
             "sample": torch.tensor([draw.sample for draw in draws]),
+            "time": torch.from_numpy(times.astype("datetime64[s]").astype(np.int64)),
         }

@@ -17,6 +17,7 @@ from credit.config import Config, Trainer
 from credit.data.dataset import Fields, StepDataset
 from credit.data.sampler import DataParallelSampler
 from credit.errors import CheckpointError, ConfigError, CreditError, Stopped
+from credit.launch.contract import enforce_sampler_contract
 from credit.launch.job import Job
 from credit.launch.stop import StopRequest, stop_requests
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
@@ -69,7 +70,7 @@ class TrainingRun:
                 for period, dataset in datasets.items()
             }
             self._check_accumulation(self.samplers["train"].share)
-        self.loaders = {
+        self.loaders: dict[str, Any] = {
             period: DataLoader(dataset, batch_sampler=self.samplers[period], collate_fn=_as_it_is)
             for period, dataset in datasets.items()
         }
@@ -172,6 +173,7 @@ class TrainingRun:
         trained = Trained(self.model, [], [])
         self.job.config.run.mkdir(parents=True, exist_ok=True)
         self._tell("running", first)
+        self._enforce_contract(first)
         log = StepLog(self.job.config.run, first, self.steps, self.job.is_first)
         self.model.train()
         with stop_requests() as request:
@@ -183,6 +185,16 @@ class TrainingRun:
         log.close()
         self._tell("finished", self.steps)
         return trained
+
+    def _enforce_contract(self, first: int) -> None:
+        """Before the first step. Each rank reads its own rows, so what is compared is which samples they are."""
+        epoch, done = divmod(first, self.steps_per_epoch)
+        self.samplers["train"].start_at(epoch, done)
+        drawn = {"train": done * self.trainer.batch_size, "valid": 0}
+        for period, loader in self.loaders.items():
+            self.loaders[period] = enforce_sampler_contract(
+                loader, self.conf, drawn=drawn[period], whole=("sample", "time", "weight")
+            )
 
     def _epoch(self, epoch: int, done: int, trained: Trained, log: StepLog, request: StopRequest) -> None:
         """The steps of an epoch, from number `done` on."""
