@@ -15,7 +15,9 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 4 -m credit train configs/quickstart.yaml
   torchrun --nproc-per-node 2 -m credit forecast configs/quickstart.yaml --set trainer.parallelism.data=none
   credit score configs/quickstart.yaml
+  credit check my.yaml --ranks 16
   credit check parity my.yaml --ranks 4
+  credit submit my.yaml --site derecho --nodes 4 --dry-run
   credit plan my.yaml --gpus 16 --gpu-memory 40
   credit data stats my.yaml
 """
@@ -34,6 +36,20 @@ PLAN_EXAMPLES = """examples:
 """
 
 
+CHECK_EXAMPLES = """examples:
+  credit check my.yaml --ranks 16
+  credit check my.yaml --json
+  credit check parity my.yaml --ranks 4
+"""
+
+
+SUBMIT_EXAMPLES = """examples:
+  credit submit my.yaml --site perlmutter --nodes 4 --account m1234
+  credit submit my.yaml --site derecho --nodes 4 --container credit.sif --dry-run
+  credit submit configs/quickstart.yaml --site local --ranks-per-node 4
+"""
+
+
 LAYOUT_EXAMPLES = """examples:
   credit layout my.yaml --nodes 4 --gpus-per-node 4
   srun -N 4 --ntasks-per-node 4 python -m credit layout my.yaml
@@ -47,7 +63,10 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0; 1 if a check fails; 2 for an error the user can mend, printed as a paragraph; 75 if a signal
         stopped it and the same command goes on.
     """
-    arguments = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["check"] and given[1:] and given[1] not in ("parity", "config", "-h", "--help"):
+        given = ["check", "config", *given[1:]]
+    arguments = _parser().parse_args(given)
     try:
         return arguments.verb(arguments) or 0
     except Exception as error:
@@ -84,8 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--ranks", type=int, default=None, help="with --dry-run: lay out this many ranks")
     _verb(verbs, "forecast", _forecast, "forecast the test period with the newest checkpoint, into forecast.zarr")
     _verb(verbs, "score", _score, "RMSE and ACC of forecast.zarr: a table, scores.csv, and pictures")
-    check = verbs.add_parser("check", help="check the sharded model against the plain one")
+    check = verbs.add_parser(
+        "check",
+        help="check a config without starting ranks; `check parity`: the sharded model against the plain one",
+        description="credit check CONFIG: what can be checked without ranks. credit check parity CONFIG: with ranks.",
+        epilog=CHECK_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     checks = check.add_subparsers(title="verbs", required=True, metavar="VERB")
+    config = _verb(checks, "config", _check, "config, data, mesh, model and run directory; the word may be left out")
+    config.add_argument("--ranks", type=int, default=None, help="ranks in all (default: tensor x domain)")
+    config.add_argument("--json", action="store_true", help="findings as JSON: severity, where, message, fix")
     parity = _verb(checks, "parity", _parity, "run the model sharded and plain, and compare outputs and gradients")
     parity.add_argument("--ranks", type=int, default=None, help="ranks in all (default: tensor x domain)")
     parity.epilog, parity.formatter_class = PARITY_EXAMPLES, argparse.RawDescriptionHelpFormatter
@@ -105,6 +133,18 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument("--nodes", type=int, default=None, help="plan for this many nodes, without starting ranks")
     layout.add_argument("--gpus-per-node", type=int, default=4, help="ranks a node of the plan (default: 4)")
     layout.epilog, layout.formatter_class = LAYOUT_EXAMPLES, argparse.RawDescriptionHelpFormatter
+    submit = _verb(verbs, "submit", _submit, "hand a training job in, from a login node")
+    submit.add_argument("--site", required=True, help="a name in hpc/sites, or local: ranks on this machine")
+    submit.add_argument("--nodes", type=int, default=1)
+    submit.add_argument("--ranks-per-node", type=int, default=None, help="default: one a GPU of the site")
+    submit.add_argument("--container", type=Path, default=None, help="image in which the ranks run")
+    submit.add_argument("--time", default=None, metavar="H:MM:SS", help="default: the site's longest")
+    submit.add_argument("--account", default=None)
+    submit.add_argument("--dry-run", action="store_true", help="print the exact script, and hand nothing in")
+    submit.epilog, submit.formatter_class = SUBMIT_EXAMPLES, argparse.RawDescriptionHelpFormatter
+    doctor = verbs.add_parser("doctor", help="is this machine, environment or container fit? exit code 1 if not")
+    doctor.add_argument("--json", action="store_true", help="findings as JSON: severity, where, message, fix")
+    doctor.set_defaults(verb=_doctor)
     data = verbs.add_parser("data", help="make data, and statistics of data")
     kinds = data.add_subparsers(title="verbs", required=True, metavar="VERB")
     _verb(kinds, "stats", _stats, "write the normalisation statistics of the training period")
@@ -217,6 +257,42 @@ def _status(arguments: argparse.Namespace) -> int:
     line, code = read_status(_load(arguments).run)
     print(line)
     return code
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from credit.findings import report
+    from credit.training.preflight import preflight
+
+    text, code = report(preflight(arguments.config, arguments.set, arguments.ranks), arguments.json)
+    print(text)
+    return code
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from credit.findings import report
+    from credit.launch.doctor import examine
+
+    text, code = report(examine(), arguments.json)
+    print(text)
+    return code
+
+
+def _submit(arguments: argparse.Namespace) -> None:
+    from credit.launch.submission import submit
+
+    print(
+        submit(
+            arguments.config,
+            site=arguments.site,
+            nodes=arguments.nodes,
+            ranks_per_node=arguments.ranks_per_node,
+            container=arguments.container,
+            changes=arguments.set,
+            walltime=arguments.time,
+            account=arguments.account,
+            dry_run=arguments.dry_run,
+        )
+    )
 
 
 def _layout(arguments: argparse.Namespace) -> None:

@@ -258,7 +258,7 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         found = [_explain(one) for one in error.errors()]
-        raise ConfigError(f"{origin}: " + "; ".join(found)) from None
+        raise ConfigError(f"{origin}: " + "; ".join(found), found) from None
 
 
 _TAGS: dict[Any, Any] = {"unet": UNet, "transformer": Transformer}

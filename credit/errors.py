@@ -10,7 +10,18 @@ class CreditError(Exception):
 
 
 class ConfigError(CreditError):
-    """The config asks for something that does not exist or does not fit."""
+    """The config asks for something that does not exist or does not fit.
+
+    Attributes:
+        problems: the message, one problem at a time, each "dotted.path: what" where it has a path.
+    """
+
+    def __init__(self, message: str, problems: list[str] | None = None) -> None:
+        super().__init__(message)
+        self.problems = problems or [message]
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.problems)
 
 
 class DataError(CreditError):

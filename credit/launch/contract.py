@@ -61,7 +61,7 @@ class CheckedLoader:
             yield batch
 
     def _compare(self, batch: Any, number: int) -> None:
-        """All ranks tell of the first batch of a pass; later ones cost one all_reduce of two integers in the replica."""
+        """Everyone tells of a pass's first batch; later ones cost one all_reduce of two integers in the replica."""
         size = self.shape.tp * self.shape.domain
         group = _replica_group(size)
         if group is None:
@@ -84,9 +84,9 @@ class CheckedLoader:
     def _refuse(self, peers: list[Who], values: list[int], number: int) -> None:
         entries = f"entries {', '.join(self.whole)} of " if self.whole is not None else ""
         raise LaunchError(
-            f"{entries}batch {number} differ between ranks that must get the same samples: {_name_odd(peers, values)}. Is "
-            f"the data set listed in the same order on every host (sort it)? If each rank reads its own rows only, name "
-            f"the entries that peers share: enforce_sampler_contract(..., whole=[...])"
+            f"{entries}batch {number} differ between ranks that must get the same samples: "
+            f"{_name_odd(peers, values)}. Is the data set listed in the same order on every host (sort it)? If each "
+            f"rank reads its own rows only, name what peers share: enforce_sampler_contract(..., whole=[...])"
         )
 
 
@@ -223,8 +223,8 @@ def refuse_incomplete(told: Sequence[np.ndarray], people: Sequence[Who], dataset
     if dataset >= 0 and not 0 <= missing < max(batch * len(told), 1):
         raise LaunchError(
             f"the sampler breaks the contract: of {dataset} samples {len(unique)} would be drawn in this pass, and "
-            f"{drawn} have been: {missing} are left out, more than a last batch of {batch} x {len(told)} replicas (ranks "
-            f"{', '.join(str(who.rank) for who in people[:4])}{' ...' if len(people) > 4 else ''} draw them). Fix: {FIX}"
+            f"{drawn} have been: {missing} are left out, more than a last batch of {batch} x {len(told)} replicas "
+            f"(ranks {', '.join(str(who.rank) for who in people[:4])} draw them). Fix: {FIX}"
         )
 
 

@@ -154,8 +154,7 @@ def _pals(env: Mapping[str, str]) -> Claim | None:
     size = env.get("PMI_SIZE") or env.get("PALS_NRANKS")
     if size is None:
         raise LaunchError("mpiexec (PALS) says PALS_RANKID, but nothing says how many ranks there are (PMI_SIZE)")
-    nodes = Path(env.get("PBS_NODEFILE", "/nonexistent"))
-    first = nodes.read_text().split()[0] if nodes.is_file() else None
+    first = env.get("CREDIT_FIRST_HOST")
     job = f"{env.get('PBS_JOBID', '')}.{env.get('PALS_APID', '')}"
     local = [int(env[name]) if name in env else None for name in ("PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE")]
     return Claim("pals", "mpiexec (PALS)", int(env["PALS_RANKID"]), int(size), local[0], local[1], job, first)

@@ -58,8 +58,8 @@ def join(env: Mapping[str, str] = os.environ) -> Ranks:
         return Ranks(0, 1, 0, claim.source)
     if claim.first_host is None:
         raise LaunchError(
-            f"{claim.said_by} started {claim.size} processes, but nothing says on which host the first is "
-            f"(PBS_NODEFILE): start them with CREDIT_LAUNCHER=mpi, or one torchrun a node"
+            f"{claim.said_by} started {claim.size} processes, but nothing says on which host the first is: export "
+            f"CREDIT_FIRST_HOST=$(head -n 1 $PBS_NODEFILE) in the job script, or set CREDIT_LAUNCHER=mpi"
         )
     deadline = time.monotonic() + timeout
     mine = Arrival(claim.rank, claim.size, socket.gethostname(), os.getpid())

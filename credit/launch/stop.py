@@ -1,8 +1,14 @@
-"""Signals that announce the end of a job: noted at once, acted upon at the next step by all ranks together."""
+"""What announces the end of a job: noted at once, acted upon at the next step by all ranks together.
+
+A signal, or the clock: `CREDIT_STOP_AT` is the time, in seconds since 1970, from which on a job should end. Job scripts
+set it where the scheduler kills without a signal first.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,14 +18,19 @@ SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 
 class StopRequest:
-    """Attributes:
-    received: name of the signal that came to this rank, if one did.
+    """True once this rank has been asked to stop.
+
+    Attributes:
+        received: by what, if it has.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._deadline = float(os.environ.get("CREDIT_STOP_AT", "inf"))
 
     def __bool__(self) -> bool:
+        if self.received is None and time.time() > self._deadline:
+            self.received = "CREDIT_STOP_AT"
         return self.received is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:

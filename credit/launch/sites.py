@@ -1,0 +1,138 @@
+"""What is known of an HPC site, as data (`hpc/sites/*.yaml`), and the job scripts written from it. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from credit.errors import ConfigError
+
+FOLDER = Path(__file__).parent / "hpc"
+"""The project's `hpc/`, which is a part of the installed package too."""
+Scheduler = Literal["slurm", "pbs"]
+
+
+class Site(BaseModel):
+    """One file of `hpc/sites`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    source: str
+    """Where the facts are from, with the date."""
+    tested: str
+    """Whether this ran, and where."""
+    scheduler: Scheduler
+    """The one that runs there."""
+    gpus_per_node: Annotated[int, Field(ge=1)]
+    cores_per_node: Annotated[int, Field(ge=1)]
+    """Cores that jobs may use."""
+    walltime: Annotated[str, Field(pattern=r"^\d+:\d\d:\d\d$")]
+    """Longest job, hours:minutes:seconds."""
+    queue: str | None = None
+    queue_option: Literal["partition", "qos"] = "partition"
+    """What Slurm calls the queue there."""
+    constraint: str | None = None
+    launch: str
+    """Starts one process a rank; the command follows."""
+    container: str
+    """Runs a command in a container; the image follows."""
+    interface: str | None = None
+    """Network interface of the fabric, for NCCL a prefix."""
+    setup: list[str] = []
+    """Lines of the job script before the launch."""
+    env: dict[str, str] = {}
+
+    @property
+    def seconds(self) -> int:
+        hours, minutes, seconds = map(int, self.walltime.split(":"))
+        return 3600 * hours + 60 * minutes + seconds
+
+    @property
+    def gloo_interface(self) -> str | None:
+        """gloo wants the whole name of one interface."""
+        name = self.interface
+        return f"{name}0" if name and not name[-1].isdigit() else name
+
+
+def site_names() -> list[str]:
+    return sorted(path.stem for path in (FOLDER / "sites").glob("*.yaml"))
+
+
+def load_site(name: str) -> Site:
+    """Raises ConfigError if there is no such site, or its file is wrong."""
+    path = FOLDER / "sites" / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"there is no site {name!r}; known: {', '.join(site_names())}, local")
+    try:
+        return Site.model_validate(yaml.safe_load(path.read_text()))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def job_script(
+    name: str,
+    scheduler: Scheduler | None = None,
+    nodes: int = 1,
+    ranks: int | None = None,
+    walltime: str | None = None,
+) -> str:
+    """The job script of a site.
+
+    Args:
+        scheduler: the site's own by default; derecho.sh is for Slurm though the site runs PBS.
+        nodes, ranks: as many nodes, and ranks on each; one a GPU by default.
+        walltime: the site's longest by default.
+    """
+    import jinja2
+
+    site = load_site(name)
+    if walltime is not None:
+        site = site.model_copy(update={"walltime": walltime})
+    each = ranks or site.gpus_per_node
+    template = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    ).get_template("job.sh.j2")
+    # Queues, constraints and the launcher of a PBS site mean nothing to another scheduler.
+    chosen = scheduler or site.scheduler
+    if chosen != site.scheduler:
+        site = site.model_copy(update={"queue": None, "constraint": None, "launch": "srun --wait=60"})
+    return template.render(
+        site=site,
+        name=name,
+        file=f"{name}.pbs" if chosen != "slurm" and name == "derecho" else f"{name}.sh",
+        scheduler=chosen,
+        nodes=nodes,
+        ranks=each,
+        threads=max(site.cores_per_node // each, 1),
+    )
+
+
+def scripts() -> dict[str, str]:
+    """What `hpc/` holds: file name to text. A test compares."""
+    written = {}
+    for name in site_names():
+        written[f"{name}.sh"] = job_script(name)
+    # The site runs PBS, where qsub takes derecho.pbs; its users know the name, so derecho.sh is for a Slurm.
+    written["derecho.pbs"] = written["derecho.sh"]
+    written["derecho.sh"] = job_script("derecho", "slurm")
+    return written
+
+
+def write_scripts() -> None:
+    """Write `hpc/*.sh` and `hpc/*.pbs` anew after a change to the sites or the template."""
+    for name, text in scripts().items():
+        path = FOLDER / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+
+if __name__ == "__main__":
+    write_scripts()

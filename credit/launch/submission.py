@@ -1,0 +1,216 @@
+"""Jobs from a login node, by one call: submitit for Slurm and for this machine, qsub for PBS. No torch."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from credit.config import load_config
+from credit.errors import ConfigError, LaunchError, Stopped
+from credit.launch.sites import Site, job_script, load_site
+from credit.layout import mesh_shape
+
+LOCAL = "local"
+SIGNAL_BEFORE_END_S = 120
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job that was handed in.
+
+    Attributes:
+        job_id: the scheduler's.
+        log: where its output goes; of rank 0 under submitit.
+        follow: commands to watch it with.
+        job: submitit's handle; None under PBS.
+    """
+
+    job_id: str
+    log: Path
+    follow: tuple[str, ...]
+    job: Any = None
+
+    def __str__(self) -> str:
+        return "\n".join([f"job {self.job_id}, log {self.log}", *(f"  {command}" for command in self.follow)])
+
+
+class TrainTask:
+    """What every rank of a submitted job runs. Pickled by reference: the job imports it from its own installation."""
+
+    def __init__(self, config: str, changes: Sequence[str]) -> None:
+        self.config, self.changes = config, tuple(changes)
+
+    def __call__(self) -> str:
+        """Train; at a signal save, and let rank 0 put the job back into the queue.
+
+        submitit's own handler would save on rank 0 alone, and a collective save would wait for the others for ever.
+        """
+        from credit.launch.job import start_job
+        from credit.training.train import train
+
+        try:
+            with start_job(lambda: load_config(self.config, self.changes)) as job:
+                train(job)
+        except Stopped as stopped:
+            if os.environ.get("SLURM_PROCID") == "0":
+                print(f"credit: stopped: {stopped}", flush=True)
+                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+            sys.exit(Stopped.exit_code)
+        return "finished"
+
+
+def submit(
+    config: str | Path,
+    *,
+    site: str = "generic_slurm",
+    nodes: int = 1,
+    ranks_per_node: int | None = None,
+    container: str | Path | None = None,
+    changes: Sequence[str] = (),
+    walltime: str | None = None,
+    account: str | None = None,
+    options: dict[str, Any] | None = None,
+    dry_run: bool = False,
+) -> Submission | str:
+    """Hand a training job in.
+
+    Args:
+        config: path of a YAML config, which is checked first.
+        site: a name in `hpc/sites`, or "local": ranks on this machine, without a scheduler.
+        nodes, ranks_per_node: one rank a GPU of the site by default.
+        container: image in which the ranks run, by the site's own container command.
+        changes: assignments such as "trainer.epochs=2".
+        walltime: hours:minutes:seconds, the site's longest by default.
+        account: to be charged.
+        options: more options of sbatch, by name.
+        dry_run: hand nothing in; the exact script instead.
+
+    Returns:
+        The submission, or the script.
+
+    Raises:
+        ConfigError: if the config, the site or the layout is wrong, before anything is handed in.
+        LaunchError: if the scheduler refuses the job, in its words.
+    """
+    checked = load_config(config, changes)
+    known = load_site("generic_slurm" if site == LOCAL else site)
+    ranks = ranks_per_node or (1 if site == LOCAL else known.gpus_per_node)
+    try:
+        mesh_shape(checked.trainer.parallelism.model_dump(), nodes * ranks)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if walltime is not None:
+        known = Site.model_validate({**known.model_dump(), "walltime": walltime})
+    task = TrainTask(str(Path(config).absolute()), changes)
+    if known.scheduler == "pbs":
+        return _qsub(site, known, task, nodes, ranks, container, account, dry_run)
+    folder = checked.run.absolute() / "jobs"
+    if site == LOCAL:
+        return _submit_locally(task, folder, ranks, dry_run)
+    return _sbatch(known, task, folder, nodes, ranks, container, account, options or {}, dry_run)
+
+
+def _sbatch(
+    site: Site,
+    task: TrainTask,
+    folder: Path,
+    nodes: int,
+    ranks: int,
+    container: str | Path | None,
+    account: str | None,
+    options: dict[str, Any],
+    dry_run: bool,
+) -> Submission | str:
+    import submitit
+
+    python = f"{site.container} {container} python" if container else shlex.quote(sys.executable)
+    folder.mkdir(parents=True, exist_ok=True)
+    executor = submitit.SlurmExecutor(folder=folder, python=python, max_num_timeout=1000)
+    queue = {site.queue_option: site.queue} if site.queue else {}
+    more = {"requeue": True, **({"constraint": site.constraint} if site.constraint else {})}
+    executor.update_parameters(
+        job_name="credit",
+        nodes=nodes,
+        ntasks_per_node=ranks,
+        gpus_per_node=ranks,
+        cpus_per_task=max(site.cores_per_node // ranks, 1),
+        time=site.seconds // 60,
+        signal_delay_s=SIGNAL_BEFORE_END_S,
+        srun_args=shlex.split(site.launch.removeprefix("srun")),
+        setup=[*_environment(site, ranks), *site.setup],
+        **({"account": account} if account else {}),
+        **{name: value for name, value in queue.items() if name not in options},
+        additional_parameters={
+            **more,
+            **{k: v for k, v in options.items() if k not in submitit.SlurmExecutor._valid_parameters()},
+        },
+        **{k: v for k, v in options.items() if k in submitit.SlurmExecutor._valid_parameters()},
+    )
+    if dry_run:
+        command = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        return executor._make_submission_file_text(command, "dry-run")
+    try:
+        job = executor.submit(task)
+    except (subprocess.CalledProcessError, FileNotFoundError, submitit.core.utils.FailedJobError) as error:
+        raise LaunchError(f"the scheduler did not take the job: {' '.join(str(error).split())}") from None
+    log = Path(job.paths.stdout)
+    return Submission(job.job_id, log, (f"squeue -j {job.job_id}", f"tail -F {log}", f"scancel {job.job_id}"), job)
+
+
+def _environment(site: Site, ranks: int) -> list[str]:
+    """Lines that the job scripts have too."""
+    env = {"PYTHONNOUSERSITE": "1", **site.env}
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in env.items()]
+    lines += [f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{max(site.cores_per_node // ranks, 1)}}}"]
+    lines += ["export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"]
+    if site.interface:
+        lines += [f"export NCCL_SOCKET_IFNAME=${{NCCL_SOCKET_IFNAME-{site.interface}}}"]
+        lines += [f"export GLOO_SOCKET_IFNAME=${{GLOO_SOCKET_IFNAME-{site.gloo_interface}}}"]
+    return lines
+
+
+def _submit_locally(task: TrainTask, folder: Path, ranks: int, dry_run: bool) -> Submission | str:
+    import submitit
+
+    if dry_run:
+        return f"{ranks} x {shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    folder.mkdir(parents=True, exist_ok=True)
+    executor = submitit.LocalExecutor(folder=folder)
+    executor.update_parameters(tasks_per_node=ranks, timeout_min=60 * 24 * 7)
+    job = executor.submit(task)
+    log = Path(job.paths.stdout)
+    return Submission(job.job_id, log, (f"tail -F {log}", f"kill {job.job_id}"), job)
+
+
+def _qsub(
+    name: str,
+    site: Site,
+    task: TrainTask,
+    nodes: int,
+    ranks: int,
+    container: str | Path | None,
+    account: str | None,
+    dry_run: bool,
+) -> Submission | str:
+    script = job_script(name, nodes=nodes, ranks=ranks, walltime=site.walltime)
+    values = {"CONFIG": task.config, "OPTIONS": " ".join(f"--set {change}" for change in task.changes)}
+    values |= {"CREDIT_IMAGE": str(container)} if container else {"CREDIT_VENV": sys.prefix}
+    given = ",".join(f'{key}="{value}"' for key, value in values.items() if value)
+    command = ["qsub", *(["-A", account] if account else []), "-v", given]
+    if dry_run:
+        return f"# {shlex.join(command)} <<'EOF'\n{script}"
+    try:
+        done = subprocess.run(command, input=script, text=True, capture_output=True, check=True)
+    except FileNotFoundError:
+        raise LaunchError("there is no qsub here: submit from a login node of the site") from None
+    except subprocess.CalledProcessError as error:
+        raise LaunchError(f"the scheduler did not take the job: {error.stderr.strip()}") from None
+    job_id = done.stdout.strip()
+    log = Path(f"credit.o{job_id.split('.')[0]}").absolute()
+    return Submission(job_id, log, (f"qstat {job_id}", f"tail -F {log}", f"qdel {job_id}"))

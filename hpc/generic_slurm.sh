@@ -1,0 +1,33 @@
+#!/bin/bash
+# Train over several nodes of any Slurm cluster. Written by `python -m credit.launch.sites` from
+# hpc/sites/generic_slurm.yaml: edit that.
+#   sbatch -A PROJECT -N 4 hpc/generic_slurm.sh my.yaml [--set trainer.epochs=20 ...]
+#   CREDIT_IMAGE=/path/credit.sif  runs in that container; CREDIT_VENV=/path/venv in that environment; else the active one
+# The job saves shortly before its time is up, and goes on in a new one until the epochs are done.
+#SBATCH --job-name=credit
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --signal=USR2@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -u
+CONFIG=${1:?usage: sbatch hpc/generic_slurm.sh CONFIG [options of credit train]}; shift
+cd "$SLURM_SUBMIT_DIR"
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it since Slurm 22.05
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} PYTHONNOUSERSITE=1
+credit=(python -m credit)
+if [ -n "${CREDIT_VENV:-}" ]; then credit=("$CREDIT_VENV/bin/python" -m credit); fi
+if [ -n "${CREDIT_IMAGE:-}" ]; then credit=(apptainer exec --nv "$CREDIT_IMAGE" python -m credit); fi
+
+srun --wait=60 "${credit[@]}" train "$CONFIG" "$@"
+code=$?
+
+"${credit[@]}" status "$CONFIG" "$@"
+if [ $? = 75 ]; then  # stopped by a signal or the clock, and saved
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code

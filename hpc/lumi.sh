@@ -1,0 +1,38 @@
+#!/bin/bash
+# Train over several nodes of LUMI-G. Written by `python -m credit.launch.sites` from
+# hpc/sites/lumi.yaml: edit that.
+#   sbatch -A PROJECT -N 4 hpc/lumi.sh my.yaml [--set trainer.epochs=20 ...]
+#   CREDIT_IMAGE=/path/credit.sif  runs in that container; CREDIT_VENV=/path/venv in that environment; else the active one
+# The job saves shortly before its time is up, and goes on in a new one until the epochs are done.
+#SBATCH --job-name=credit
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=7
+#SBATCH --time=24:00:00
+#SBATCH --partition=standard-g
+#SBATCH --signal=USR2@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -u
+CONFIG=${1:?usage: sbatch hpc/lumi.sh CONFIG [options of credit train]}; shift
+cd "$SLURM_SUBMIT_DIR"
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it since Slurm 22.05
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-7} PYTHONNOUSERSITE=1
+export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME-hsn} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME-hsn0}
+export NCCL_NET_GDR_LEVEL=3
+module load LUMI singularity-AI-bindings
+export MIOPEN_USER_DB_PATH=/tmp/$USER-miopen MIOPEN_CUSTOM_CACHE_DIR=/tmp/$USER-miopen
+credit=(python -m credit)
+if [ -n "${CREDIT_VENV:-}" ]; then credit=("$CREDIT_VENV/bin/python" -m credit); fi
+if [ -n "${CREDIT_IMAGE:-}" ]; then credit=(singularity exec --rocm --bind /pfs,/scratch,/projappl,/project "$CREDIT_IMAGE" python -m credit); fi
+
+srun --wait=60 --cpu-bind=mask_cpu:fe000000000000,fe00000000000000,fe0000,fe000000,fe,fe00,fe00000000,fe0000000000 "${credit[@]}" train "$CONFIG" "$@"
+code=$?
+
+"${credit[@]}" status "$CONFIG" "$@"
+if [ $? = 75 ]; then  # stopped by a signal or the clock, and saved
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
