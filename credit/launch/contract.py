@@ -34,7 +34,7 @@ class _Pass(NamedTuple):
     """What a rank says of its coming pass over the data."""
 
     host: str
-    samples: int
+    draws: int
     digest: str
     as_a_set: str
     dataset: int
@@ -128,12 +128,13 @@ def enforce_sampler_contract(
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     shape = mesh_shape(parse_parallelism_conf(conf), world)
-    ids = planned_samples(loader)
-    if ids is not None:
+    planned = planned_samples(loader)
+    if planned is not None:
+        ids, draws = planned
         length = getattr(loader.dataset, "__len__", None)
         mine = _Pass(
             socket.gethostname(),
-            len(ids),
+            draws,
             _digest(ids),
             _digest(np.sort(ids)),
             len(loader.dataset) if length is not None else -1,  # type: ignore[arg-type]
@@ -149,17 +150,20 @@ def enforce_sampler_contract(
     return CheckedLoader(loader, shape, whole, every)
 
 
-def planned_samples(loader: DataLoader) -> np.ndarray | None:
-    """Ids of the samples of this rank's coming pass, in order; None if an iterable data set does not tell.
+def planned_samples(loader: DataLoader) -> tuple[np.ndarray, int] | None:
+    """Ids of the samples of this rank's coming pass, in order, and the number of draws.
 
-    Fillers, draws of weight 0 (see `credit.data.sampler`), are left out. No random generator moves.
+    Fillers, draws of weight 0 (see `credit.data.sampler`), are not among the ids. No random generator moves. None if an
+    iterable data set does not tell.
     """
     if isinstance(loader.dataset, IterableDataset):
         tell = getattr(loader.dataset, "sample_ids", None)
-        return None if tell is None else np.fromiter(tell(), dtype=np.int64)
+        told = None if tell is None else np.fromiter(tell(), dtype=np.int64)
+        return None if told is None else (told, len(told))
     with _generators_kept(loader):
         draws = tree_leaves(list(loader.batch_sampler or loader.sampler), is_leaf=lambda x: hasattr(x, "weight"))
-    return np.array([getattr(draw, "sample", draw) for draw in draws if getattr(draw, "weight", 1)], dtype=np.int64)
+    ids = [getattr(draw, "sample", draw) for draw in draws if getattr(draw, "weight", 1)]
+    return np.array(ids, dtype=np.int64), len(draws)
 
 
 @contextmanager
@@ -200,8 +204,8 @@ def refuse_broken_contract(people: Sequence[Who], passes: Sequence[_Pass]) -> No
             f"the sampler breaks the contract: ranks that work on the same samples would draw {why}, or seeded apart. "
             f"{_name_odd(peers, [one.digest for one in theirs])}. Fix: {FIX}"
         )
-    if len({one.samples for one in passes}) > 1:
-        lines = _name_odd(people, [one.samples for one in passes])
+    if len({one.draws for one in passes}) > 1:
+        lines = _name_odd(people, [one.draws for one in passes])
         raise LaunchError(
             f"the ranks would draw different numbers of samples, and some would wait: {lines}. Fix: {FIX}"
         )
