@@ -131,8 +131,9 @@ def _caches() -> Iterator[Finding]:
     bad = []
     for name, place in places.items():
         path = Path(place)
-        parent = next(one for one in (path, *path.parents) if one.exists())
-        if not os.access(parent, os.W_OK):
+        try:
+            tempfile.TemporaryFile(dir=next(one for one in (path, *path.parents) if one.exists())).close()
+        except OSError:
             bad.append(f"{name} {place}")
     if bad:
         yield Finding("error", "caches", f"cannot be written: {', '.join(bad)}", "point them at node-local scratch")

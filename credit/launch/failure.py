@@ -12,8 +12,8 @@ import torch.distributed as dist
 from credit.errors import LaunchError
 from credit.layout import MeshShape, Seat, mesh_coords
 
-ROLL_CALL_S = 10.0
-"""How long survivors wait for each other's answers; they notice a loss at about the same time."""
+ROLL_CALL_S, QUIET_S = 10.0, 2.0
+"""Survivors notice a loss at about the same time: they wait for answers until none has come for a while."""
 _LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -66,11 +66,18 @@ def _silent(rank: int, ranks: int) -> list[int] | None:
     """The ranks that do not come to the roll call; None if there is no store to hold it in."""
     store = dist.distributed_c10d._get_default_store()
     keys = [f"credit/roll_call/{peer}" for peer in range(ranks)]
-    deadline = time.monotonic() + ROLL_CALL_S
     with suppress(dist.DistError, RuntimeError):
         store.set_timeout(timedelta(seconds=ROLL_CALL_S))
         store.set(keys[rank], "here")
-        while time.monotonic() < deadline and not store.check(keys):
-            time.sleep(0.2)
-        return [peer for peer, key in enumerate(keys) if not store.check([key])]
+        begin = changed = time.monotonic()
+        silent: list[int] = []
+        while not silent or changed + QUIET_S > time.monotonic():
+            before, silent = silent, [peer for peer, key in enumerate(keys) if not store.check([key])]
+            now = time.monotonic()
+            if not silent or now > begin + ROLL_CALL_S:
+                break
+            if before != silent:
+                changed = now
+            time.sleep(0.1)
+        return silent
     return None

@@ -175,7 +175,9 @@ def _agree(config: Config, device: torch.device) -> list[Seat]:
 def refuse_differences(seats: Sequence[Seat], facts: Sequence[dict[str, str]]) -> None:
     """Raise a LaunchError that names what differs, with the ranks and hosts."""
     for name in facts[0]:
-        values = {one[name]: rank for rank, one in reversed(list(enumerate(facts)))}
+        values: dict[str, int] = {}
+        for rank, one in enumerate(facts):
+            values.setdefault(one[name], rank)
         if len(values) > 1:
             listed = ", ".join(f"{value} (rank {rank} on {seats[rank].host})" for value, rank in values.items())
             raise LaunchError(f"the ranks do not agree on {name}: {listed}. Start them with the same files")
