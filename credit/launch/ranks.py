@@ -161,9 +161,9 @@ def _pals(env: Mapping[str, str]) -> Claim | None:
 
 
 def _submitit(env: Mapping[str, str]) -> Claim | None:
-    if "SUBMITIT_LOCAL_NTASKS" not in env:
+    if "SUBMITIT_LOCAL_GLOBALID" not in env:
         return None
-    names = ("GLOBALRANK", "NTASKS", "LOCALID", "NTASKS")
+    names = ("GLOBALID", "NTASKS", "LOCALID", "NTASKS")
     rank, size, local, local_size = (int(env[f"SUBMITIT_LOCAL_{name}"]) for name in names)
     return Claim("submitit", "submitit", rank, size, local, local_size, env["SUBMITIT_LOCAL_JOB_ID"], "localhost")
 

@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from credit.errors import LaunchError
 from credit.launch.ranks import Claim, Ranks, Rendezvous, choose, is_loopback
@@ -156,7 +156,7 @@ def _receive(
             break
         try:
             visitor.settimeout(1)
-            said = _hear(visitor)
+            said = _hear(visitor.makefile("rb"))
             if said.get("token") != token:
                 raise ValueError("another job")
             _send(visitor, {"token": token})
@@ -180,6 +180,7 @@ def _missing(claim: Claim, arrivals: list[Arrival]) -> str:
 def _visit(claim: Claim, mine: Arrival, deadline: float) -> dict[str, Any]:
     token, host = _token(claim), claim.first_host
     assert host is not None
+    pause = 0.1
     while True:
         for port in _ports(token):
             # The first host gives up at its deadline, and its word should arrive here.
@@ -190,12 +191,14 @@ def _visit(claim: Claim, mine: Arrival, deadline: float) -> dict[str, Any]:
                     f"may nodes talk to each other on ports {min(_ports(token))} to {max(_ports(token))}?"
                 )
             with suppress(OSError, ValueError), socket.create_connection((host, port), timeout=5) as hub:
+                lines = hub.makefile("rb")
                 _send(hub, {"token": token, "arrival": mine})
-                if _hear(hub).get("token") != token:
+                if _hear(lines).get("token") != token:
                     continue
                 hub.settimeout(max(deadline - time.monotonic(), 0) + 5)
-                return _hear(hub)
-        time.sleep(0.1)
+                return _hear(lines)
+        time.sleep(pause)
+        pause = min(1.5 * pause, 1.0)
 
 
 def _send(to: socket.socket, message: dict[str, Any]) -> None:
@@ -203,15 +206,12 @@ def _send(to: socket.socket, message: dict[str, Any]) -> None:
         to.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _hear(whom: socket.socket) -> dict[str, Any]:
-    """The next line that arrives; byte by byte, so that what follows it stays for the next call."""
-    text = bytearray()
-    while not text.endswith(b"\n"):
-        byte = whom.recv(1)
-        if not byte:
-            raise ValueError("closed")
-        text += byte
-    return json.loads(text)
+def _hear(lines: BinaryIO) -> dict[str, Any]:
+    """The next line of a connection, of which one buffered reader is kept: two lines may arrive at once."""
+    line = lines.readline()
+    if not line.endswith(b"\n"):
+        raise ValueError("closed")
+    return json.loads(line)
 
 
 def _join_by_mpi(claim: Claim, env: Mapping[str, str]) -> Ranks:

@@ -39,7 +39,7 @@ TORCHRUN = {
     "MASTER_ADDR": "192.0.2.7",
 }
 PALS = {"PALS_RANKID": "9", "PALS_LOCAL_RANKID": "1", "PMI_SIZE": "16", "CREDIT_FIRST_HOST": "x1000"}
-LOCAL = {f"SUBMITIT_LOCAL_{k}": v for k, v in {"GLOBALRANK": "1", "NTASKS": "2", "LOCALID": "1", "JOB_ID": "4"}.items()}
+LOCAL = {f"SUBMITIT_LOCAL_{k}": v for k, v in {"GLOBALID": "1", "NTASKS": "2", "LOCALID": "1", "JOB_ID": "4"}.items()}
 
 
 @pytest.mark.parametrize(

@@ -127,11 +127,13 @@ def test_a_job_submitted_from_python(slurm, base: Path, tmp_path: Path, site: st
         f"s = submit({str(base)!r}, site={site!r}, nodes={2 if site != 'local' else 1},\n"
         f"    ranks_per_node={2 if site != 'local' else 4}, changes=['run={tmp_path}/run'])\n"
         "assert 'torch' not in sys.modules\n"
-        "print(s, flush=True); s.job.wait() if False else None\n"
-        "import time; end = time.time() + 200\n"
+        "print(s, flush=True)\n"
+        "import time; end = time.time() + 150\n"
         "from pathlib import Path\n"
         f"status = Path('{tmp_path}/run/status.json')\n"
-        "while time.time() < end and not (status.exists() and 'finished' in status.read_text()): time.sleep(0.5)\n"
+        "finished = lambda: status.exists() and 'finished' in status.read_text()\n"
+        "failed = lambda: list(Path(s.log.parent).glob('*_result.pkl')) and not finished()\n"
+        "while time.time() < end and not finished() and not failed(): time.sleep(0.5)\n"
     )
     done = run(PYTHON, "-c", code)
     assert done.returncode == 0
@@ -142,7 +144,7 @@ def test_a_job_submitted_from_python(slurm, base: Path, tmp_path: Path, site: st
 def weights(folder: Path, config: Path) -> dict[str, torch.Tensor]:
     path = folder / "weights.pt"
     changes = ["--set", f"run={folder}", "--set", "trainer.parallelism.domain=1"]
-    assert main(["export", str(config), str(path), *changes]) == 0
+    assert main(["export", str(config), str(path), *changes, *LONG]) == 0
     return torch.load(path)
 
 

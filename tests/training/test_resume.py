@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import time
 from pathlib import Path
 
@@ -57,12 +58,16 @@ def serially(function, *args) -> list:
     return [function(*args)]
 
 
-@pytest.fixture
-def raw(tmp_path) -> dict:
-    raw = conf(tmp_path / "run", write_zarr(tmp_path / "s.zarr", dataset()), dtype="float64", checkpoint_every=3)
-    raw["data"]["stats"] = str(tmp_path / "stats.nc")
+def small(folder: Path) -> dict:
+    raw = conf(folder / "run", write_zarr(folder / "s.zarr", dataset()), dtype="float64", checkpoint_every=3)
+    raw["data"]["stats"] = str(folder / "stats.nc")
     write_statistics(parse_config(raw))
     return raw
+
+
+@pytest.fixture
+def raw(tmp_path) -> dict:
+    return small(tmp_path)
 
 
 def on(raw: dict, run: Path, data: str, domain: int, tensor: int = 1) -> dict:
@@ -94,11 +99,15 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(worlds, raw, tmp_path, befor
         assert [int(row["step"]) for row in csv.DictReader(stream)] == list(range(1, 11))
 
 
+def with_transformer(raw: dict) -> dict:
+    raw["model"] = {"name": "transformer", "width": 16, "depth": 2, "heads": 4, "window": 2, "ratio": 2}
+    raw["trainer"].update(ema=0.8, batch_size=4, epochs=2)
+    return raw
+
+
 @pytest.fixture
 def transformer(raw) -> dict:
-    raw["model"] = {"name": "transformer", "width": 16, "depth": 2, "heads": 4, "window": 2, "ratio": 2}
-    raw["trainer"].update(ema=0.8, batch_size=4, epochs=4)
-    return raw
+    return with_transformer(raw)
 
 
 MESHES = {
@@ -119,13 +128,23 @@ def losses_and_weights(raw: dict) -> tuple[list[float], dict[str, np.ndarray]]:
     return trained.losses, state
 
 
-@pytest.mark.parametrize("after", [*MESHES, "no ranks"])
-def test_a_run_moves_from_any_mesh_to_any_other(worlds, transformer, tmp_path, after) -> None:
-    """No sample is repeated or skipped: the rest of the curve is the serial one's, and so are weights and averages."""
-    whole_losses, whole_weights = losses_and_weights(on(transformer, tmp_path / "whole", "none", 1))
-    cut = tmp_path / "cut"
+@pytest.fixture(scope="module")
+def half(worlds, tmp_path_factory) -> tuple[dict, Path, list[float], dict[str, np.ndarray]]:
+    """A run that dies in its fifth step on (2, 2, 2), and the losses and weights of the serial one."""
+    folder = tmp_path_factory.mktemp("half")
+    given = with_transformer(small(folder))
+    losses, weights = losses_and_weights(on(given, folder / "whole", "none", 1))
     size, data, domain, tensor = MESHES["2x2x2"]
-    worlds(size).run(interrupted, on(transformer, cut, data, domain, tensor), 4)
+    worlds(size).run(interrupted, on(given, folder / "cut", data, domain, tensor), 4)
+    return given, folder / "cut", losses, weights
+
+
+@pytest.mark.parametrize("after", [*MESHES, "no ranks"])
+def test_a_run_moves_from_any_mesh_to_any_other(worlds, half, tmp_path, after) -> None:
+    """No sample is repeated or skipped: the rest of the curve is the serial one's, and so are weights and averages."""
+    transformer, begun, whole_losses, whole_weights = half
+    cut = tmp_path / "cut"
+    shutil.copytree(begun, cut)
     if after == "no ranks":
         rest, weights = losses_and_weights(on(transformer, cut, "none", 1))
     else:
