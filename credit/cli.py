@@ -182,11 +182,14 @@ def _train(arguments: argparse.Namespace) -> None:
 
         print(dry_run(_load(arguments), arguments.ranks))
         return
-    from credit.launch.job import start_job
-    from credit.training.train import train
+    from credit.launch.stop import stop_requests
 
-    with start_job(lambda: _load(arguments)) as job:
-        train(job)
+    with stop_requests() as request:  # from here on, however long the ranks take to come up
+        from credit.launch.job import start_job
+        from credit.training.train import train
+
+        with start_job(lambda: _load(arguments)) as job:
+            train(job, request)
 
 
 def _forecast(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from credit.errors import LaunchError
 from credit.layout import MeshShape, Seat, mesh_coords
 
-ROLL_CALL_S, QUIET_S = 10.0, 2.0
+ROLL_CALL_S, QUIET_S = 10.0, 1.0
 """Survivors notice a loss at about the same time: they wait for answers until none has come for a while."""
 _LOST = (
     "Connection closed by peer",

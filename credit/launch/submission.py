@@ -14,6 +14,7 @@ from typing import Any
 from credit.config import load_config
 from credit.errors import ConfigError, LaunchError, Stopped
 from credit.launch.sites import Site, job_script, load_site
+from credit.launch.stop import stop_requests
 from credit.layout import mesh_shape
 
 LOCAL = "local"
@@ -51,12 +52,13 @@ class TrainTask:
 
         submitit's own handler would save on rank 0 alone, and a collective save would wait for the others for ever.
         """
-        from credit.launch.job import start_job
-        from credit.training.train import train
-
         try:
-            with start_job(lambda: load_config(self.config, self.changes)) as job:
-                train(job)
+            with stop_requests() as request:
+                from credit.launch.job import start_job
+                from credit.training.train import train
+
+                with start_job(lambda: load_config(self.config, self.changes)) as job:
+                    train(job, request)
         except Stopped as stopped:
             if os.environ.get("SLURM_PROCID") == "0":
                 print(f"credit: stopped: {stopped}", flush=True)

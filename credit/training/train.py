@@ -19,7 +19,7 @@ from credit.data.sampler import DataParallelSampler
 from credit.errors import CheckpointError, ConfigError, CreditError, Stopped
 from credit.launch.contract import enforce_sampler_contract
 from credit.launch.job import Job
-from credit.launch.stop import StopRequest, stop_requests
+from credit.launch.stop import StopRequest
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
 from credit.parallel.collectives import all_sum, clip_grad_norm_, gather_objects, share_failure, together
 from credit.parallel.ema import EMA
@@ -163,11 +163,11 @@ class TrainingRun:
         self.job.say(f"resuming from {path}" if step < self.steps else f"{path} is the last: nothing to do")
         return step
 
-    def run(self) -> Trained:
+    def run(self, request: StopRequest) -> Trained:
         """All steps that are left, with checkpoints, validation after each epoch, and a log.
 
         Raises:
-            Stopped: on all ranks, after saving, if one got a signal of `credit.launch.stop`.
+            Stopped: on all ranks, after saving, once any has a stop request.
         """
         first = self.resume()
         trained = Trained(self.model, [], [])
@@ -176,11 +176,10 @@ class TrainingRun:
         self._enforce_contract(first)
         log = StepLog(self.job.config.run, first, self.steps, self.job.is_first)
         self.model.train()
-        with stop_requests() as request:
-            for epoch in range(first // self.steps_per_epoch, self.trainer.epochs):
-                self._epoch(epoch, max(first - epoch * self.steps_per_epoch, 0), trained, log, request)
-                trained.valid_loss = self.validate()
-                log.epoch(epoch + 1, (epoch + 1) * self.steps_per_epoch, trained.valid_loss)
+        for epoch in range(first // self.steps_per_epoch, self.trainer.epochs):
+            self._epoch(epoch, max(first - epoch * self.steps_per_epoch, 0), trained, log, request)
+            trained.valid_loss = self.validate()
+            log.epoch(epoch + 1, (epoch + 1) * self.steps_per_epoch, trained.valid_loss)
         self.checkpoints.close()
         log.close()
         self._tell("finished", self.steps)
@@ -289,8 +288,8 @@ def agreed(
         yield batch
 
 
-def train(job: Job) -> Trained:
-    """Train the config's model on this job's mesh, from its newest checkpoint on."""
+def train(job: Job, request: StopRequest | None = None) -> Trained:
+    """Train the config's model on this job's mesh, from its newest checkpoint on, until done or asked to stop."""
     run = TrainingRun(job)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     shape = job.shape
@@ -299,4 +298,4 @@ def train(job: Job) -> Trained:
         f"{run.steps} steps of {job.config.trainer.batch_size}; mesh dp {shape.dp} x tp {shape.tp} x domain "
         f"{shape.domain} ({job.config.trainer.parallelism.data}) on {job.device.type}, ranks from {job.ranks.source}"
     )
-    return run.run()
+    return run.run(StopRequest() if request is None else request)
