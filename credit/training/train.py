@@ -82,6 +82,7 @@ class TrainingRun:
         self.ema = EMA(self.model, self.trainer.ema) if self.trainer.ema is not None else None
         self.steps_per_epoch = self.samplers["train"].batches
         self.steps = self.trainer.epochs * self.steps_per_epoch
+        self.saved = 0  # the newest checkpoint's step
         self.checkpoints = Checkpointer(
             job.config.run / "checkpoints",
             self.model,
@@ -169,7 +170,7 @@ class TrainingRun:
         Raises:
             Stopped: on all ranks, after saving, once any has a stop request.
         """
-        first = self.resume()
+        first = self.saved = self.resume()
         trained = Trained(self.model, [], [])
         self.job.config.run.mkdir(parents=True, exist_ok=True)
         self._tell("running", first)
@@ -199,11 +200,10 @@ class TrainingRun:
         """The steps of an epoch, from number `done` on."""
         self.samplers["train"].start_at(epoch, done)
         step = epoch * self.steps_per_epoch + done
-        saved = step
         for batch in agreed(self.loaders["train"], self.job.device, request):
             if batch is None:
-                if saved < step:
-                    self.checkpoints.save(step)
+                if self.saved < step:
+                    self._save(step)
                 self.checkpoints.close()
                 self._tell("stopped", step)
                 signal = f" by {request.received}" if request else ""
@@ -220,8 +220,11 @@ class TrainingRun:
                     f"{self.checkpoints.directory} holds the steps before"
                 )
             if step % self.trainer.checkpoint_every == 0 or step == self.steps:
-                self.checkpoints.save(step)
-                saved = step
+                self._save(step)
+
+    def _save(self, step: int) -> None:
+        self.checkpoints.save(step)
+        self.saved = step
 
     def _tell(self, state: str, step: int) -> None:
         """For `credit status`, and for scripts that go on with what is not finished."""

@@ -221,7 +221,10 @@ def test_a_time_limit_in_mid_epoch(slurm, base, long, tmp_path) -> None:
     submitted(base, tmp_path, long, "--time=1", "--signal=USR2@55")
     until(lambda: state(tmp_path) == "finished", "the epochs are done", 2 * DEADLINE_S)
     log = (tmp_path / "job.log").read_text()
-    assert re.search(rf"credit: stopped: at step \d+ of {long.steps} by SIGUSR2, and saved", log)
+    stopped = re.findall(rf"credit: stopped: at step (\d+) of {long.steps} by SIGUSR2, and saved", log)
+    resumed = re.findall(r"resuming from .*step-(\d+)", log)
+    assert [int(step) for step in stopped if int(step)] == [int(step) for step in resumed]
+    assert resumed
     assert bitwise(weights(tmp_path, base, long.options), long.weights)
 
 

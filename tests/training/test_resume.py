@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -16,12 +18,14 @@ import xarray as xr
 from credit.config import parse_config
 from credit.data.prepare import write_statistics
 from credit.data.store import FieldStore
-from credit.errors import CreditError
+from credit.errors import CreditError, Stopped
 from credit.launch.job import Job, start_job
+from credit.launch.stop import stop_requests
 from credit.models.transformer import WindowTransformer
 from credit.parallel import checkpoint
 from credit.parallel.checkpoint import get_model_state_dict, list_checkpoints
 from credit.parallel.pieces import in_pieces, whole
+from credit.status import read_status
 from credit.training import forecast as forecasting
 from credit.training import setup
 from credit.training import train as training
@@ -103,6 +107,45 @@ def with_transformer(raw: dict) -> dict:
     raw["model"] = {"name": "transformer", "width": 16, "depth": 2, "heads": 4, "window": 2, "ratio": 2}
     raw["trainer"].update(ema=0.8, batch_size=4, epochs=2)
     return raw
+
+
+def stopped(raw: dict, at: int) -> list[float]:
+    """Train until rank 1 gets a signal before step `at` + 1; the losses until then."""
+    real = training.TrainingRun.train_step
+    losses = []
+
+    def step(self, batch, step):
+        result = real(self, batch, step)
+        losses.append(result[0])
+        if step + 1 == at and self.job.ranks.rank == self.job.ranks.world_size - 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return result
+
+    training.TrainingRun.train_step = step
+    try:
+        with (
+            stop_requests() as request,
+            pytest.raises(Stopped, match=f"at step {at} of 10"),
+            start_job(lambda: parse_config(raw)) as job,
+        ):
+            training.train(job, request)
+    finally:
+        training.TrainingRun.train_step = real
+    return losses
+
+
+@pytest.mark.parametrize("at", [1, 4, 5, 6])
+def test_a_signal_on_one_rank_stops_all_after_saving(worlds, raw, tmp_path, at) -> None:
+    """Within an epoch, at its end (5), and where there is a checkpoint already (6); the rest is bitwise the same."""
+    given = on(raw, tmp_path / "stopped", "none", 2)
+    whole, *_ = worlds(2).run(curve, on(raw, tmp_path / "whole", "none", 2))[0]
+    (begun, others) = worlds(2).run(stopped, given, at)
+    assert begun == others == whole[:at]
+    assert list_checkpoints(tmp_path / "stopped" / "checkpoints")[-1].name == f"step-{at:08d}"
+    assert read_status(tmp_path / "stopped")[1] == 75
+    rest, *_ = worlds(2).run(curve, given)[0]
+    assert rest == whole[at:]
+    assert read_status(tmp_path / "stopped")[1] == 0
 
 
 @pytest.fixture
