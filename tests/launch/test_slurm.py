@@ -291,6 +291,14 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str]] = {
         {},
         "srun started torchrun on 2 nodes, but torchrun makes a world of 1: the nodes would train apart",
     ),
+    "loopback master": (
+        [
+            *["srun", "-N2", "--ntasks-per-node=1", "bash", "-c"],
+            " ".join([*torchrun(2, "$SLURM_NODEID"), "credit", "layout", "CONFIG"]).replace("=n0", "=127.0.0.1"),
+        ],
+        {},
+        "MASTER_ADDR is 127.0.0.1, which every node takes for itself, but there are several nodes",
+    ),
     "no srun": (
         ["sbatch", "--wait", "-N2", "-n4", "--output=OUT", "--wrap", f"{PYTHON} -m credit layout CONFIG"],
         {},
