@@ -17,9 +17,10 @@
 set -u
 CONFIG=${1:?usage: sbatch hpc/derecho.sh CONFIG [options of credit train]}; shift
 cd "$SLURM_SUBMIT_DIR"
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it since Slurm 22.05
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-16} PYTHONNOUSERSITE=1
-export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME-hsn} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME-hsn0}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it since Slurm 22.05
+export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME-hsn}
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME-hsn0}
 export NCCL_IB_DISABLE=1
 export NCCL_CROSS_NIC=1
 export FI_CXI_DISABLE_HOST_REGISTER=1

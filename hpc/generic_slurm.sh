@@ -17,8 +17,8 @@
 set -u
 CONFIG=${1:?usage: sbatch hpc/generic_slurm.sh CONFIG [options of credit train]}; shift
 cd "$SLURM_SUBMIT_DIR"
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it since Slurm 22.05
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} PYTHONNOUSERSITE=1
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it since Slurm 22.05
 credit=(python -m credit)
 if [ -n "${CREDIT_VENV:-}" ]; then credit=("$CREDIT_VENV/bin/python" -m credit); fi
 if [ -n "${CREDIT_IMAGE:-}" ]; then credit=(apptainer exec --nv "$CREDIT_IMAGE" python -m credit); fi

@@ -18,9 +18,10 @@
 set -u
 CONFIG=${1:?usage: sbatch hpc/leonardo.sh CONFIG [options of credit train]}; shift
 cd "$SLURM_SUBMIT_DIR"
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it since Slurm 22.05
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} PYTHONNOUSERSITE=1
-export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME-ib0} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME-ib0}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it since Slurm 22.05
+export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME-ib0}
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME-ib0}
 credit=(python -m credit)
 if [ -n "${CREDIT_VENV:-}" ]; then credit=("$CREDIT_VENV/bin/python" -m credit); fi
 if [ -n "${CREDIT_IMAGE:-}" ]; then credit=(singularity exec --nv "$CREDIT_IMAGE" python -m credit); fi

@@ -18,9 +18,10 @@
 set -u
 CONFIG=${1:?usage: sbatch hpc/lumi.sh CONFIG [options of credit train]}; shift
 cd "$SLURM_SUBMIT_DIR"
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it since Slurm 22.05
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-7} PYTHONNOUSERSITE=1
-export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME-hsn} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME-hsn0}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it since Slurm 22.05
+export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME-hsn}
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME-hsn0}
 export NCCL_NET_GDR_LEVEL=3
 module load LUMI singularity-AI-bindings
 export MIOPEN_USER_DB_PATH=/tmp/$USER-miopen MIOPEN_CUSTOM_CACHE_DIR=/tmp/$USER-miopen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -73,6 +74,18 @@ def load_site(name: str) -> Site:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def environment(site: Site, ranks: int) -> list[str]:
+    """Lines of every job before its launch."""
+    threads = max(site.cores_per_node // ranks, 1)
+    lines = [f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}} PYTHONNOUSERSITE=1"]
+    if site.scheduler == "slurm":
+        lines += ["export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it since Slurm 22.05"]
+    if site.interface:
+        lines += [f"export NCCL_SOCKET_IFNAME=${{NCCL_SOCKET_IFNAME-{site.interface}}}"]
+        lines += [f"export GLOO_SOCKET_IFNAME=${{GLOO_SOCKET_IFNAME-{site.gloo_interface}}}"]
+    return [*lines, *(f"export {name}={shlex.quote(value)}" for name, value in site.env.items()), *site.setup]
+
+
 def job_script(
     name: str,
     scheduler: Scheduler | None = None,
@@ -103,7 +116,9 @@ def job_script(
     # Queues, constraints and the launcher of a PBS site mean nothing to another scheduler.
     chosen = scheduler or site.scheduler
     if chosen != site.scheduler:
-        site = site.model_copy(update={"queue": None, "constraint": None, "launch": "srun --wait=60"})
+        site = site.model_copy(
+            update={"scheduler": chosen, "queue": None, "constraint": None, "launch": "srun --wait=60"}
+        )
     return template.render(
         site=site,
         name=name,
@@ -111,7 +126,7 @@ def job_script(
         scheduler=chosen,
         nodes=nodes,
         ranks=each,
-        threads=max(site.cores_per_node // each, 1),
+        environment="\n".join(environment(site, each)),
     )
 
 

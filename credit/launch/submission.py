@@ -13,7 +13,7 @@ from typing import Any
 
 from credit.config import load_config
 from credit.errors import ConfigError, LaunchError, Stopped
-from credit.launch.sites import Site, job_script, load_site
+from credit.launch.sites import Site, environment, job_script, load_site
 from credit.launch.stop import stop_requests
 from credit.layout import mesh_shape
 
@@ -39,6 +39,22 @@ class Submission:
 
     def __str__(self) -> str:
         return "\n".join([f"job {self.job_id}, log {self.log}", *(f"  {command}" for command in self.follow)])
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What `submit` was asked for, checked."""
+
+    name: str
+    site: Site
+    task: TrainTask
+    folder: Path
+    nodes: int
+    ranks: int
+    container: str | Path | None
+    account: str | None
+    options: dict[str, Any]
+    dry_run: bool
 
 
 class TrainTask:
@@ -110,102 +126,75 @@ def submit(
     if walltime is not None:
         known = Site.model_validate({**known.model_dump(), "walltime": walltime})
     task = TrainTask(str(Path(config).absolute()), changes)
-    if known.scheduler == "pbs":
-        return _qsub(site, known, task, nodes, ranks, container, account, dry_run)
     folder = checked.run.absolute() / "jobs"
+    order = _Order(site, known, task, folder, nodes, ranks, container, account, options or {}, dry_run)
     if site == LOCAL:
-        return _submit_locally(task, folder, ranks, dry_run)
-    return _sbatch(known, task, folder, nodes, ranks, container, account, options or {}, dry_run)
+        return _submit_locally(order)
+    return _qsub(order) if known.scheduler == "pbs" else _sbatch(order)
 
 
-def _sbatch(
-    site: Site,
-    task: TrainTask,
-    folder: Path,
-    nodes: int,
-    ranks: int,
-    container: str | Path | None,
-    account: str | None,
-    options: dict[str, Any],
-    dry_run: bool,
-) -> Submission | str:
+def _sbatch(order: _Order) -> Submission | str:
     import submitit
 
-    python = f"{site.container} {container} python" if container else shlex.quote(sys.executable)
-    folder.mkdir(parents=True, exist_ok=True)
-    executor = submitit.SlurmExecutor(folder=folder, python=python, max_num_timeout=1000)
-    queue = {site.queue_option: site.queue} if site.queue else {}
-    more = {"requeue": True, **({"constraint": site.constraint} if site.constraint else {})}
+    site, ranks = order.site, order.ranks
+    python = f"{site.container} {order.container} python" if order.container else shlex.quote(sys.executable)
+    order.folder.mkdir(parents=True, exist_ok=True)
+    executor = submitit.SlurmExecutor(folder=order.folder, python=python, max_num_timeout=1000)
+    known = submitit.SlurmExecutor._valid_parameters()
+    wanted = {
+        "job_name": "credit",
+        "nodes": order.nodes,
+        "ntasks_per_node": ranks,
+        "gpus_per_node": ranks,
+        "cpus_per_task": max(site.cores_per_node // ranks, 1),
+        "time": site.seconds // 60,
+        "signal_delay_s": SIGNAL_BEFORE_END_S,
+        "srun_args": shlex.split(site.launch.removeprefix("srun")),
+        "setup": environment(site, ranks),
+        "requeue": True,
+        site.queue_option: site.queue,
+        "constraint": site.constraint,
+        "account": order.account,
+        **order.options,
+    }
+    given = {name: value for name, value in wanted.items() if value is not None}
     executor.update_parameters(
-        job_name="credit",
-        nodes=nodes,
-        ntasks_per_node=ranks,
-        gpus_per_node=ranks,
-        cpus_per_task=max(site.cores_per_node // ranks, 1),
-        time=site.seconds // 60,
-        signal_delay_s=SIGNAL_BEFORE_END_S,
-        srun_args=shlex.split(site.launch.removeprefix("srun")),
-        setup=[*_environment(site, ranks), *site.setup],
-        **({"account": account} if account else {}),
-        **{name: value for name, value in queue.items() if name not in options},
-        additional_parameters={
-            **more,
-            **{k: v for k, v in options.items() if k not in submitit.SlurmExecutor._valid_parameters()},
-        },
-        **{k: v for k, v in options.items() if k in submitit.SlurmExecutor._valid_parameters()},
+        **{name: value for name, value in given.items() if name in known},
+        additional_parameters={name: value for name, value in given.items() if name not in known},
     )
-    if dry_run:
-        command = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    if order.dry_run:
+        command = f"{python} -u -m submitit.core._submit {shlex.quote(str(order.folder))}"
         return executor._make_submission_file_text(command, "dry-run")
     try:
-        job = executor.submit(task)
+        job = executor.submit(order.task)
     except (subprocess.CalledProcessError, FileNotFoundError, submitit.core.utils.FailedJobError) as error:
         raise LaunchError(f"the scheduler did not take the job: {' '.join(str(error).split())}") from None
     log = Path(job.paths.stdout)
     return Submission(job.job_id, log, (f"squeue -j {job.job_id}", f"tail -F {log}", f"scancel {job.job_id}"), job)
 
 
-def _environment(site: Site, ranks: int) -> list[str]:
-    """Lines that the job scripts have too."""
-    env = {"PYTHONNOUSERSITE": "1", **site.env}
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in env.items()]
-    lines += [f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{max(site.cores_per_node // ranks, 1)}}}"]
-    lines += ["export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"]
-    if site.interface:
-        lines += [f"export NCCL_SOCKET_IFNAME=${{NCCL_SOCKET_IFNAME-{site.interface}}}"]
-        lines += [f"export GLOO_SOCKET_IFNAME=${{GLOO_SOCKET_IFNAME-{site.gloo_interface}}}"]
-    return lines
-
-
-def _submit_locally(task: TrainTask, folder: Path, ranks: int, dry_run: bool) -> Submission | str:
+def _submit_locally(order: _Order) -> Submission | str:
     import submitit
 
-    if dry_run:
-        return f"{ranks} x {shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    folder.mkdir(parents=True, exist_ok=True)
-    executor = submitit.LocalExecutor(folder=folder)
-    executor.update_parameters(tasks_per_node=ranks, timeout_min=60 * 24 * 7)
-    job = executor.submit(task)
+    if order.dry_run:
+        folder = shlex.quote(str(order.folder))
+        return f"{order.ranks} x {shlex.quote(sys.executable)} -u -m submitit.core._submit {folder}"
+    order.folder.mkdir(parents=True, exist_ok=True)
+    executor = submitit.LocalExecutor(folder=order.folder)
+    executor.update_parameters(tasks_per_node=order.ranks, timeout_min=60 * 24 * 7)
+    job = executor.submit(order.task)
     log = Path(job.paths.stdout)
     return Submission(job.job_id, log, (f"tail -F {log}", f"kill {job.job_id}"), job)
 
 
-def _qsub(
-    name: str,
-    site: Site,
-    task: TrainTask,
-    nodes: int,
-    ranks: int,
-    container: str | Path | None,
-    account: str | None,
-    dry_run: bool,
-) -> Submission | str:
-    script = job_script(name, nodes=nodes, ranks=ranks, walltime=site.walltime)
+def _qsub(order: _Order) -> Submission | str:
+    task = order.task
+    script = job_script(order.name, nodes=order.nodes, ranks=order.ranks, walltime=order.site.walltime)
     values = {"CONFIG": task.config, "OPTIONS": " ".join(f"--set {change}" for change in task.changes)}
-    values |= {"CREDIT_IMAGE": str(container)} if container else {"CREDIT_VENV": sys.prefix}
+    values |= {"CREDIT_IMAGE": str(order.container)} if order.container else {"CREDIT_VENV": sys.prefix}
     given = ",".join(f'{key}="{value}"' for key, value in values.items() if value)
-    command = ["qsub", *(["-A", account] if account else []), "-v", given]
-    if dry_run:
+    command = ["qsub", *(["-A", order.account] if order.account else []), "-v", given]
+    if order.dry_run:
         return f"# {shlex.join(command)} <<'EOF'\n{script}"
     try:
         done = subprocess.run(command, input=script, text=True, capture_output=True, check=True)
