@@ -36,7 +36,11 @@ def slurm() -> Iterator[None]:
     reason = cluster.missing()
     if reason is not None:
         pytest.skip(reason)
-    cluster.start()
+    try:
+        cluster.start()
+    except (OSError, subprocess.CalledProcessError, TimeoutError) as error:
+        cluster.stop()
+        pytest.skip(f"Slurm is installed but does not start here: {error}")
     yield
     cluster.stop()
 
