@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ LAYOUT_EXAMPLES = """examples:
 """
 
 
+SILENT_S = 3.0
+"""How long a failed rank that says nothing stays: launchers end all ranks with the first, and one has yet to speak."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb.
 
@@ -78,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(error, "speaks", None) or (not hasattr(error, "speaks") and speaks()):
             word = "stopped" if isinstance(error, Stopped) else "error"
             print(f"credit: {word}: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(SILENT_S)
         return getattr(error, "exit_code", 2)
 
 
@@ -184,6 +191,7 @@ def _train(arguments: argparse.Namespace) -> None:
         return
     from credit.launch.stop import stop_requests
 
+    _refuse_contradictions()
     with stop_requests() as request:  # from here on, however long the ranks take to come up
         from credit.launch.job import start_job
         from credit.training.train import train
@@ -192,7 +200,15 @@ def _train(arguments: argparse.Namespace) -> None:
             train(job, request)
 
 
+def _refuse_contradictions() -> None:
+    """Before torch is imported, which takes seconds."""
+    from credit.launch.ranks import choose
+
+    choose()
+
+
 def _forecast(arguments: argparse.Namespace) -> None:
+    _refuse_contradictions()
     from credit.launch.job import start_job
     from credit.training.forecast import forecast
 
@@ -309,6 +325,7 @@ def _layout(arguments: argparse.Namespace) -> None:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         return
+    _refuse_contradictions()
     from credit.launch.job import start_job
 
     with start_job(lambda: _load(arguments)) as job:

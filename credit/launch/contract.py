@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,10 @@ from credit.parallel.collectives import gather_objects
 FIX = (
     "build it with dp_rank, dp_size = data_parallel_coords(conf): rank=dp_rank, num_replicas=dp_size, one seed for all"
 )
+_END = object()
+"""What stands for the batch after the last."""
+_MOST = 2**63 - 1
+"""The largest checksum."""
 
 
 class _Pass(NamedTuple):
@@ -55,27 +60,37 @@ class CheckedLoader:
         return len(self.loader)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(self.loader):
+        batches = iter(self.loader)
+        for number in count():
+            batch, error = _END, None
+            try:
+                batch = next(batches, _END)
+            except Exception as caught:
+                error = caught
+            # A rank that has read nothing takes part too: its peers would wait for it.
             if number % self.every == 0:
-                self._compare(batch, number)
+                self._compare(None if error is not None else checksum(batch, self.whole), number)
+            if error is not None:
+                raise error
+            if batch is _END:
+                return
             yield batch
 
-    def _compare(self, batch: Any, number: int) -> None:
+    def _compare(self, mine: int | None, number: int) -> None:
         """Everyone tells of a pass's first batch; later ones cost one all_reduce of two integers in the replica."""
         size = self.shape.tp * self.shape.domain
         group = _replica_group(size)
         if group is None:
             return
-        mine = checksum(batch, self.whole)
         if number > 0:
-            ends = torch.tensor([mine, -mine])
+            ends = torch.tensor([-_MOST, -_MOST] if mine is None else [mine, -mine])
             dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
-            if ends[0] == -ends[1]:
+            if ends[0] <= -ends[1]:
                 return
         among = group if number > 0 else None
         said = gather_objects((dist.get_rank(), socket.gethostname(), mine), among)
         for first in range(0, len(said), size):
-            peers = said[first : first + size]
+            peers = [one for one in said[first : first + size] if one[2] is not None]
             if len({value for *_, value in peers}) > 1:
                 self._refuse(
                     [Who(rank, host, self.shape) for rank, host, _ in peers], [one[2] for one in peers], number
@@ -233,7 +248,9 @@ def refuse_incomplete(told: Sequence[np.ndarray], people: Sequence[Who], dataset
 
 
 def checksum(batch: Any, whole: Sequence[str] | None) -> int:
-    """Of the tensors, numbers and texts in a batch, or of its entries named `whole`: 63 bits."""
+    """Of the tensors, numbers and texts in a batch, or of its entries named `whole`: 63 bits; 0 at the end."""
+    if batch is _END:
+        return 0
     digest = hashlib.blake2b(digest_size=8)
     for leaf in tree_leaves([batch[name] for name in whole] if whole is not None else batch):
         if isinstance(leaf, Tensor):

@@ -36,7 +36,7 @@ def together(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None
         yield
     except Exception as caught:
         error = caught
-    said = gather_objects(None if error is None else _say(error), group)
+    said = gather_objects(None if error is None else describe(error), group)
     if any(said):
         share_failure(said, what, error)
 
@@ -55,7 +55,7 @@ def share_failure(said: list[str | None], what: str, error: Exception | None) ->
     raise CreditError(f"{what} failed {lines}") from None
 
 
-def _say(error: Exception) -> str:
+def describe(error: Exception) -> str:
     return str(error) if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {error}"
 
 

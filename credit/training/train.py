@@ -21,7 +21,7 @@ from credit.launch.contract import enforce_sampler_contract
 from credit.launch.job import Job
 from credit.launch.stop import StopRequest
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
-from credit.parallel.collectives import all_sum, clip_grad_norm_, gather_objects, share_failure, together
+from credit.parallel.collectives import all_sum, clip_grad_norm_, describe, gather_objects, share_failure, together
 from credit.parallel.ema import EMA
 from credit.parallel.fsdp2 import synchronize_gradients
 from credit.parallel.parallelize import reduce_gradients
@@ -282,7 +282,7 @@ def agreed(
         flags = torch.tensor([error is not None, bool(request)], dtype=torch.int32, device=device)
         failed, stop = all_sum(flags).tolist()
         if failed:
-            share_failure(gather_objects(None if error is None else str(error)), "reading a batch", error)
+            share_failure(gather_objects(None if error is None else describe(error)), "reading a batch", error)
         if batch is None:
             return
         if stop:

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, get_worker_info
 
 from credit.data.sampler import DataParallelSampler, Draw
-from credit.errors import LaunchError
+from credit.errors import CreditError, LaunchError
 from credit.launch.contract import Who, _Pass, enforce_sampler_contract, refuse_broken_contract, refuse_incomplete
 from credit.layout import MeshShape
 from credit.parallel.mesh import data_parallel_coords
+from credit.training.train import agreed
 
 SAMPLES = 22
 CONF = {"trainer": {"parallelism": {"data": "ddp", "tensor": 1, "domain": 2}}}
@@ -187,6 +188,36 @@ def test_a_broken_contract_is_named_on_every_rank(worlds, name: str) -> None:
             "Fix: build it with dp_rank" in message or "same order on every host" in message or "same files" in message
         )
         assert seconds < 5
+
+
+class Unreadable(Files):
+    """A file that one rank cannot read."""
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        if dist.get_rank() == 1 and index in self.bad:
+            raise OSError(f"no sample {index}")
+        return super().__getitem__(index)
+
+
+def read_until_it_fails(bad: int) -> tuple[int, str]:
+    dataset = Unreadable()
+    dataset.bad = range(4 * bad, 4 * bad + 4)
+    loader = by_sampler(lambda r, n: distributed(r, n, shuffle=False), dataset)
+    batches = agreed(enforce_sampler_contract(loader, CONF, whole=["x"], every=2), torch.device("cpu"))
+    seen = 0
+    with pytest.raises((OSError, CreditError)) as caught:
+        for seen, _ in enumerate(batches, 1):  # noqa: B007
+            pass
+    return seen, str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2, 4], ids=["told to all", "not compared", "compared", "compared again"])
+def test_a_batch_that_one_rank_cannot_read_stops_all(worlds, bad: int) -> None:
+    """Comparing batches is a collective: the rank that has nothing to compare takes part."""
+    for rank, (seen, message) in enumerate(worlds(4).run(read_until_it_fails, bad)):
+        assert seen == bad
+        assert message == (f"no sample {4 * bad}" if rank == 1 else message)
+        assert "on rank 1: OSError: no sample" in message or rank == 1
 
 
 @settings(max_examples=200, deadline=None)
