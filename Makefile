@@ -9,13 +9,15 @@ RANKS ?= 4
 # One thread a rank: ranks share the cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help quickstart era5 test lint clean
+.PHONY: help quickstart era5 test lint sif image clean
 
 help:
 	@echo "make quickstart   set up, train the demo on 4 ranks, forecast, score (minutes on 2 cores)"
 	@echo "make era5         the same on the real ERA5 sample, on 2 ranks"
 	@echo "make test         set up, run the whole suite"
 	@echo "make lint         ruff and mypy"
+	@echo "make sif          build credit.sif with apptainer (containers/build.sh --help: other bases)"
+	@echo "make image        build the image credit:latest with docker, podman or buildah"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +40,12 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy credit
+
+sif:
+	containers/build.sh sif
+
+image:
+	containers/build.sh oci
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

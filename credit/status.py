@@ -2,13 +2,55 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from credit.errors import Stopped
+from credit.errors import LaunchError, Stopped
 
 FILE = "status.json"
+CLAIM_S = 30.0
+"""File systems over a network give a lock back some time after its node has gone."""
+
+
+@contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """Be the only job that writes into a run directory.
+
+    Two jobs of one config, and ranks that do not know of each other (in containers without their launcher's variables),
+    meet here.
+
+    Raises:
+        LaunchError: if another process has it, after waiting for half a minute; or if it cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / ".lock").touch()
+    except OSError as error:
+        raise LaunchError(f"the run directory cannot be written: {error}. Set `run` to another one") from None
+    deadline = time.monotonic() + CLAIM_S
+    with (run / ".lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise LaunchError(
+                        f"another job writes into {run}: wait for its end, or set `run` to a directory of its own. If "
+                        f"you started one job of several ranks, they do not know of each other: see `credit layout`"
+                    ) from None
+                time.sleep(0.5)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                break  # a file system without locks
+        yield
 
 
 def write_status(run: Path, state: str, step: int, steps: int) -> None:

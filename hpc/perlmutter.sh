@@ -29,7 +29,7 @@ export FI_MR_CACHE_MONITOR=userfaultfd
 export FI_CXI_RDZV_GET_MIN=0
 credit=(python -m credit)
 if [ -n "${CREDIT_VENV:-}" ]; then credit=("$CREDIT_VENV/bin/python" -m credit); fi
-if [ -n "${CREDIT_IMAGE:-}" ]; then credit=(shifter --module=gpu,nccl-plugin --image "$CREDIT_IMAGE" python -m credit); fi
+if [ -n "${CREDIT_IMAGE:-}" ]; then credit=(shifter --module=gpu,nccl-plugin --image="$CREDIT_IMAGE" python -m credit); fi
 
 srun --wait=60 --cpu-bind=cores "${credit[@]}" train "$CONFIG" "$@"
 code=$?

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from credit.container import binding_hint
 from credit.data.grid import COS_ZENITH, STATIC_FIELDS, Grid, cos_zenith
 from credit.errors import DataError
 
@@ -216,7 +217,7 @@ def _suggest(name: str, known) -> str:
 
 def _open(path: Path) -> xr.Dataset:
     if not path.exists():
-        raise DataError(f"there is no {path} (data.path, relative to {Path.cwd()})")
+        raise DataError(f"there is no {path} (data.path, relative to {Path.cwd()}){binding_hint(path)}")
     try:
         if path.is_dir():
             dataset = xr.open_zarr(path, chunks=None, consolidated=False)

@@ -10,14 +10,16 @@ import site
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from credit import __version__
+from credit.container import PREFIX, image
 from credit.errors import LaunchError
 from credit.findings import Finding
-from credit.launch.ranks import claims
+from credit.launch.ranks import claims, gpus_of_job
 
 DISTRIBUTION = "credit-hpc"
 SHM_BYTES = 64 * 2**20
@@ -27,7 +29,15 @@ SHM_BYTES = 64 * 2**20
 def examine() -> list[Finding]:
     """All findings; none of them stops the others."""
     parts = (_versions, _launcher, _mpi, _network, _devices, _processors, _shared_memory, _caches, _leaks, _owners)
-    return [finding for part in parts for finding in part()]
+    return [finding for part in parts for finding in _found(part)]
+
+
+def _found(part: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """A broken package, which may be what somebody asks the doctor about, must not silence the rest."""
+    try:
+        yield from part()
+    except Exception as error:
+        yield Finding("error", part.__name__.lstrip("_"), f"could not be looked at: {type(error).__name__}: {error}")
 
 
 def _versions() -> Iterator[Finding]:
@@ -98,12 +108,12 @@ def _devices() -> Iterator[Finding]:
         yield Finding("ok", "devices", f"{torch.cuda.device_count()} x {', '.join(names)}")
         return
     driver = next((path for path in ("/dev/nvidiactl", "/dev/kfd") if Path(path).exists()), None)
-    image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
-    host = bool(os.environ.get("SLURM_JOB_GPUS") or os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if driver is not None or (image and host):
-        fix = "start the container with --nv (NVIDIA) or --rocm (AMD)" if image else "install torch for this GPU"
-        found = driver or "the job's GPUs"
-        yield Finding("error", "devices", f"there is {found}, but torch {torch.__version__} sees no GPU", fix)
+    found = f"there is {driver}" if driver else gpus_of_job()
+    if found:
+        build = torch.version.cuda or torch.version.hip
+        fix = "start the container with --nv (NVIDIA) or --rocm (AMD)" if image() else "look at nvidia-smi or rocm-smi"
+        fix = fix if build else f"install torch for GPUs, or take an image with it: {torch.__version__} is for the CPU"
+        yield Finding("error", "devices", f"{found}, but torch {torch.__version__} sees no GPU", fix)
         return
     yield Finding("ok", "devices", "no GPU: ranks compute on the CPU")
 
@@ -143,16 +153,25 @@ def _caches() -> Iterator[Finding]:
 
 def _leaks() -> Iterator[Finding]:
     """Packages from outside of this environment come first on the path and are used instead of its own."""
-    user = site.getusersitepackages()
-    if user in sys.path and any(Path(user).glob("*")):
-        names = sorted(path.name for path in Path(user).iterdir() if not path.name.endswith(("-info", "__pycache__")))
-        said = f"packages in {user} shadow this environment's: {', '.join(names[:6])}"
-        yield Finding("error", "leaks", said, "export PYTHONNOUSERSITE=1")
+    python = shutil.which("python")
+    if image() and PREFIX.exists() and python is not None and not Path(python).is_relative_to(PREFIX):
+        fix = "unset APPTAINERENV_PREPEND_PATH, and leave PATH to the image"
+        yield Finding("error", "leaks", f"`python` is {python}, not the image's {PREFIX}/bin/python", fix)
         return
-    paths = os.environ.get("PYTHONPATH")
-    if paths:
-        fix = "unset it; apptainer drops it with --cleanenv"
-        yield Finding("warning", "leaks", f"PYTHONPATH={paths} comes before this environment", fix)
+    own = {path.name for path in Path(sysconfig.get_path("purelib")).iterdir()}
+    given = [Path(one) for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
+    user = Path(site.getusersitepackages())
+    for folder, fix in (*((one, "unset PYTHONPATH") for one in given), (user, "export PYTHONNOUSERSITE=1")):
+        if str(folder) not in sys.path or not folder.is_dir():
+            continue
+        names = sorted(own & {path.name for path in folder.iterdir() if not path.name.startswith("_")})
+        if names:
+            said = f"packages in {folder} shadow this environment's: {', '.join(names[:6])}"
+            yield Finding("error", "leaks", said, fix)
+            return
+    if given:
+        said = f"PYTHONPATH={os.environ['PYTHONPATH']} comes before this environment"
+        yield Finding("warning", "leaks", said, "unset it, unless that is meant")
         return
     yield Finding("ok", "leaks", "nothing from outside of this environment")
 

@@ -18,7 +18,7 @@ from credit.domain_parallel.manager import DomainParallelManager
 from credit.domain_parallel.partition import Partition
 from credit.errors import ConfigError, LaunchError
 from credit.launch.failure import naming_lost_peers
-from credit.launch.ranks import Ranks
+from credit.launch.ranks import Ranks, gpus_of_job
 from credit.launch.rendezvous import join
 from credit.layout import MeshShape, Seat, mesh_coords, mesh_shape
 from credit.parallel.collectives import gather_objects, together
@@ -145,9 +145,15 @@ def choose_device(local_rank: int) -> torch.device:
     """This rank's device: the only visible one, or that of its number on the node; the CPU where there is none.
 
     Raises:
-        LaunchError: if the node has fewer devices than ranks.
+        LaunchError: if the node has fewer devices than ranks, or the job has GPUs that torch cannot see.
     """
     if not torch.cuda.is_available():
+        found = gpus_of_job()
+        if found and (torch.version.cuda or torch.version.hip):
+            raise LaunchError(
+                f"{found}, but torch {torch.__version__} sees none on {socket.gethostname()}, and would compute on the "
+                f"CPU: start a container with --nv (NVIDIA) or --rocm (AMD), or unset the variable if that is meant"
+            )
         return torch.device("cpu")
     visible = torch.cuda.device_count()
     if 1 < visible <= local_rank:

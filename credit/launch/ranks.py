@@ -105,6 +105,14 @@ def choose(env: Mapping[str, str] = os.environ) -> Claim:
     return chosen
 
 
+def gpus_of_job(env: Mapping[str, str] = os.environ) -> str | None:
+    """In words, the GPUs that the scheduler gave to this process; None if it says nothing of any."""
+    for variable in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        if env.get(variable, "") not in ("", "-1", "NoDevFiles"):
+            return f"the job has GPUs ({variable}={env[variable]})"
+    return None
+
+
 def speaks(env: Mapping[str, str] = os.environ) -> bool:
     """True on the process that prints what all know: the first by every launcher's account."""
     try:

@@ -42,6 +42,12 @@ class Place(NamedTuple):
     node: int
 
 
+MPI_ADVICE = (
+    "Use the mpiexec of that library, or srun --mpi=pmi2 or --mpi=pmix as it needs, or start without MPI: "
+    "CREDIT_LAUNCHER=slurm, or torchrun. A container can be given the host's library: containers/README.md"
+)
+
+
 def join(env: Mapping[str, str] = os.environ) -> Ranks:
     """This process's place among all; returns when every rank has come, or raises on all that have.
 
@@ -214,24 +220,43 @@ def _hear(lines: BinaryIO) -> dict[str, Any]:
     return json.loads(line)
 
 
-def _join_by_mpi(claim: Claim, env: Mapping[str, str]) -> Ranks:
-    """Ask MPI itself: who is there, and who shares my memory."""
+def _start_mpi(claim: Claim) -> Any:
+    """mpi4py's MPI, initialised, once it is known to be that of the launcher."""
     try:
+        import mpi4py
+
+        # Initialising may abort the process: what can be told before is told before.
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
             f"{claim.said_by} started this process, but MPI cannot be loaded: {error}. Install mpi4py with the MPI of "
             f"this mpiexec, or start the ranks with srun or torchrun"
         ) from None
+    library = _library(MPI)
+    if claim.said_by.startswith("mpiexec") and ("Open MPI" in claim.said_by) != ("Open MPI" in library):
+        raise LaunchError(
+            f"{claim.said_by} started this process, but mpi4py loads {library}, which does not understand it: every "
+            f"rank would be alone. {MPI_ADVICE}"
+        )
+    if not MPI.Is_initialized():
+        MPI.Init_thread()
+    return MPI
+
+
+def _library(mpi: Any) -> str:
+    return " ".join(mpi.Get_library_version().split("\n")[0].strip("\0").split())
+
+
+def _join_by_mpi(claim: Claim, env: Mapping[str, str]) -> Ranks:
+    """Ask MPI itself: who is there, and who shares my memory."""
+    MPI = _start_mpi(claim)
     world = MPI.COMM_WORLD
     expected = max(claim.size, int(env.get("SLURM_STEP_NUM_TASKS", "1")) if claim.said_by == "CREDIT_LAUNCHER" else 0)
     if world.size != expected and expected > 0:
-        library = MPI.Get_library_version().split("\n")[0].strip()
         raise LaunchError(
-            f"MPI says that this is rank {world.rank} of {world.size}, but {claim.said_by} started {expected}: the MPI "
-            f"library that mpi4py loads ({library}) is not the launcher's: every rank would train alone. Use the "
-            f"mpiexec of that library, srun --mpi=pmi2 or --mpi=pmix as the library needs, or start without MPI: "
-            f"CREDIT_LAUNCHER=slurm, or torchrun"
+            f"MPI says that this is rank {world.rank} of {world.size}, but {claim.said_by} started {expected}: the "
+            f"library that mpi4py loads ({_library(MPI)}) is not the launcher's: all would be alone. {MPI_ADVICE}"
         )
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     memory = node.bcast(world.rank)  # the first rank of those that share it

@@ -39,8 +39,8 @@ class Site(BaseModel):
     constraint: str | None = None
     launch: str
     """Starts one process a rank; the command follows."""
-    container: str
-    """Runs a command in a container; the image follows."""
+    container: Annotated[str, Field(pattern=r"\{image\}")]
+    """Runs the command that follows in a container, or, if it begins with --, an option of `launch` that does so."""
     interface: str | None = None
     """Network interface of the fabric, for NCCL a prefix."""
     setup: list[str] = []
@@ -51,6 +51,14 @@ class Site(BaseModel):
     def seconds(self) -> int:
         hours, minutes, seconds = map(int, self.walltime.split(":"))
         return 3600 * hours + 60 * minutes + seconds
+
+    @property
+    def container_is_option(self) -> bool:
+        return self.container.startswith("--")
+
+    def in_container(self, image: str) -> str:
+        """What stands before a command, or among the launcher's options, to run it in `image`."""
+        return self.container.replace("{image}", f'"{image}"')
 
     @property
     def gloo_interface(self) -> str | None:

@@ -19,6 +19,9 @@ from credit.layout import mesh_shape
 
 LOCAL = "local"
 SIGNAL_BEFORE_END_S = 120
+REQUEUE = (
+    f"trap '[ $? != {Stopped.exit_code} ] || scontrol requeue $SLURM_JOB_ID' EXIT  # stopped by a signal, and saved"
+)
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,10 @@ class TrainTask:
         self.config, self.changes = config, tuple(changes)
 
     def __call__(self) -> str:
-        """Train; at a signal save, and let rank 0 put the job back into the queue.
+        """Train; at a signal save, and end with the code at which the job script puts the job back into the queue.
 
-        submitit's own handler would save on rank 0 alone, and a collective save would wait for the others for ever.
+        submitit's own handler would save on rank 0 alone, and a collective save would wait for the others for ever. And
+        a container has no scontrol.
         """
         try:
             with stop_requests() as request:
@@ -78,7 +82,6 @@ class TrainTask:
         except Stopped as stopped:
             if os.environ.get("SLURM_PROCID") == "0":
                 print(f"credit: stopped: {stopped}", flush=True)
-                subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
             sys.exit(Stopped.exit_code)
         return "finished"
 
@@ -137,7 +140,11 @@ def _sbatch(order: _Order) -> Submission | str:
     import submitit
 
     site, ranks = order.site, order.ranks
-    python = f"{site.container} {order.container} python" if order.container else shlex.quote(sys.executable)
+    python, options = shlex.quote(sys.executable), shlex.split(site.launch.removeprefix("srun"))
+    if order.container is not None:
+        inside = site.in_container(str(order.container))
+        python = "python" if site.container_is_option else f"{inside} python"
+        options += shlex.split(inside) if site.container_is_option else []
     order.folder.mkdir(parents=True, exist_ok=True)
     executor = submitit.SlurmExecutor(folder=order.folder, python=python, max_num_timeout=1000)
     known = submitit.SlurmExecutor._valid_parameters()
@@ -149,8 +156,8 @@ def _sbatch(order: _Order) -> Submission | str:
         "cpus_per_task": max(site.cores_per_node // ranks, 1),
         "time": site.seconds // 60,
         "signal_delay_s": SIGNAL_BEFORE_END_S,
-        "srun_args": shlex.split(site.launch.removeprefix("srun")),
-        "setup": environment(site, ranks),
+        "srun_args": options,
+        "setup": [*environment(site, ranks), REQUEUE],
         "requeue": True,
         site.queue_option: site.queue,
         "constraint": site.constraint,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from credit.parallel.collectives import all_sum, clip_grad_norm_, describe, gath
 from credit.parallel.ema import EMA
 from credit.parallel.fsdp2 import synchronize_gradients
 from credit.parallel.parallelize import reduce_gradients
-from credit.status import write_status
+from credit.status import claimed, write_status
 from credit.training.log import StepLog
 from credit.training.loss import LatitudeWeightedMSE
 from credit.training.setup import open_store, prepare_model
@@ -293,6 +293,14 @@ def agreed(
 
 def train(job: Job, request: StopRequest | None = None) -> Trained:
     """Train the config's model on this job's mesh, from its newest checkpoint on, until done or asked to stop."""
+    with ExitStack() as stack:
+        with together("claiming the run directory"):
+            if job.is_first:
+                stack.enter_context(claimed(job.config.run))
+        return _train(job, StopRequest() if request is None else request)
+
+
+def _train(job: Job, request: StopRequest) -> Trained:
     run = TrainingRun(job)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     shape = job.shape
@@ -301,4 +309,4 @@ def train(job: Job, request: StopRequest | None = None) -> Trained:
         f"{run.steps} steps of {job.config.trainer.batch_size}; mesh dp {shape.dp} x tp {shape.tp} x domain "
         f"{shape.domain} ({job.config.trainer.parallelism.data}) on {job.device.type}, ranks from {job.ranks.source}"
     )
-    return run.run(StopRequest() if request is None else request)
+    return run.run(request)

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from credit import status
 from credit.errors import LaunchError
-from credit.launch.job import refuse_differences, refuse_shared_devices
+from credit.launch.job import choose_device, refuse_differences, refuse_shared_devices
 from credit.launch.ranks import choose, claims, expand_nodelist
 from credit.launch.rendezvous import Arrival, number
 from credit.layout import MeshShape, Seat, groups, straddling, table
@@ -156,3 +157,27 @@ def test_groups_and_those_that_leave_their_node() -> None:
     assert line.startswith("warning: 4 of 4 tp groups straddle nodes (ranks 0 to 2: a, b)")
     text = table(shape, [Seat(f"node{rank // 4}", "cpu") for rank in range(8)])
     assert text.splitlines()[6].split() == ["5", "node1", "cpu", "1", "0", "1"]
+
+
+def test_a_job_with_gpus_that_torch_cannot_see_is_refused(monkeypatch) -> None:
+    """A container without --nv; a torch for the CPU cannot have been meant for them."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("SLURM_STEP_GPUS", "0,1")
+    assert choose_device(0).type == "cpu"
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    with pytest.raises(LaunchError, match=r"the job has GPUs \(SLURM_STEP_GPUS=0,1\).*start a container with --nv"):
+        choose_device(0)
+    monkeypatch.delenv("SLURM_STEP_GPUS")
+    assert choose_device(0).type == "cpu"
+
+
+def test_two_jobs_do_not_write_into_one_run_directory(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(status, "CLAIM_S", 0.1)
+    with status.claimed(tmp_path / "run"):
+        with pytest.raises(LaunchError, match="another job writes into"), status.claimed(tmp_path / "run"):
+            pass
+    with status.claimed(tmp_path / "run"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(LaunchError, match="the run directory cannot be written"), status.claimed(tmp_path / "file"):
+        pass

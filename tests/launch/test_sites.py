@@ -51,7 +51,15 @@ def test_a_dry_run_shows_the_script_and_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HPC.parent)
     for line in ("#SBATCH --nodes=2", "#SBATCH --account=m1", "#SBATCH --time=30", "#SBATCH --signal=USR2@120"):
         assert line in done.stdout
-    assert "--cpu-bind=cores shifter --module=gpu,nccl-plugin --image c.sif python -u -m submitit" in done.stdout
+    assert '--cpu-bind=cores shifter --module=gpu,nccl-plugin --image="c.sif" python -u -m submitit' in done.stdout
+
+
+def test_a_container_engine_is_an_option_of_srun() -> None:
+    text = submit("configs/quickstart.yaml", site="alps", container="credit.toml", dry_run=True)
+    assert isinstance(text, str)
+    assert "--wait=60 --environment=credit.toml python -u -m submitit.core._submit" in text
+    assert "[ $? != 75 ] || scontrol requeue $SLURM_JOB_ID' EXIT" in text
+    assert 'srun --wait=60 "${container[@]}" "${credit[@]}" train' in (HPC / "alps.sh").read_text()
 
 
 def test_pbs_is_shown_with_its_command() -> None:
@@ -65,7 +73,7 @@ def test_pbs_is_shown_with_its_command() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"site": "derehco"}, "there is no site 'derehco'; known: derecho, frontier"),
+        ({"site": "derehco"}, "there is no site 'derehco'; known: alps, derecho, frontier"),
         ({"site": "derecho", "ranks_per_node": 3}, "3 ranks do not divide into replicas"),
     ],
 )

@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,20 +28,6 @@ from tests.stores import conf, dataset, write_zarr
 ROOT = Path(__file__).parents[2]
 PYTHON, BIN = sys.executable, Path(sys.executable).parent
 DEADLINE_S = 240
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[None]:
-    reason = cluster.missing()
-    if reason is not None:
-        pytest.skip(reason)
-    try:
-        cluster.start()
-    except (OSError, subprocess.CalledProcessError, TimeoutError) as error:
-        cluster.stop()
-        pytest.skip(f"Slurm is installed but does not start here: {error}")
-    yield
-    cluster.stop()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,45 @@
+#!/bin/bash
+# Train over several nodes of CSCS Alps (Daint). Written by `python -m credit.launch.sites` from
+# hpc/sites/alps.yaml: edit that.
+#   sbatch -A PROJECT -N 4 hpc/alps.sh my.yaml [--set trainer.epochs=20 ...]
+#   CREDIT_IMAGE=/path/credit.toml  runs in that container; CREDIT_VENV=/path/venv in that environment; else the active one
+# The job saves shortly before its time is up, and goes on in a new one until the epochs are done.
+#SBATCH --job-name=credit
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=72
+#SBATCH --time=12:00:00
+#SBATCH --signal=USR2@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -u
+CONFIG=${1:?usage: sbatch hpc/alps.sh CONFIG [options of credit train]}; shift
+cd "$SLURM_SUBMIT_DIR"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-72} PYTHONNOUSERSITE=1
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it since Slurm 22.05
+export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME-hsn}
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME-hsn0}
+export NCCL_NET_GDR_LEVEL=PHB
+export NCCL_PROTO='^LL128'
+export FI_CXI_DISABLE_HOST_REGISTER=1
+export FI_MR_CACHE_MONITOR=userfaultfd
+export FI_CXI_DEFAULT_CQ_SIZE=131072
+export FI_CXI_RX_MATCH_MODE=software
+credit=(python -m credit)
+if [ -n "${CREDIT_VENV:-}" ]; then credit=("$CREDIT_VENV/bin/python" -m credit); fi
+container=() once=()
+if [ -n "${CREDIT_IMAGE:-}" ]; then
+  container=(--environment="$CREDIT_IMAGE")
+  once=(srun --nodes=1 --ntasks=1 "${container[@]}")
+fi
+
+srun --wait=60 "${container[@]}" "${credit[@]}" train "$CONFIG" "$@"
+code=$?
+
+"${once[@]}" "${credit[@]}" status "$CONFIG" "$@"
+if [ $? = 75 ]; then  # stopped by a signal or the clock, and saved
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
