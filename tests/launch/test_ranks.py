@@ -173,9 +173,9 @@ def test_a_job_with_gpus_that_torch_cannot_see_is_refused(monkeypatch) -> None:
 
 def test_two_jobs_do_not_write_into_one_run_directory(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(status, "CLAIM_S", 0.1)
-    with status.claimed(tmp_path / "run"):
-        with pytest.raises(LaunchError, match="another job writes into"), status.claimed(tmp_path / "run"):
-            pass
+    busy = pytest.raises(LaunchError, match="another job writes into")
+    with status.claimed(tmp_path / "run"), busy, status.claimed(tmp_path / "run"):
+        pass
     with status.claimed(tmp_path / "run"):
         pass
     (tmp_path / "file").touch()
