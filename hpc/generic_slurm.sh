@@ -3,20 +3,23 @@
 # hpc/sites/generic_slurm.yaml: edit that.
 #   sbatch -A PROJECT -N 4 hpc/generic_slurm.sh my.yaml [--set trainer.epochs=20 ...]
 #   CREDIT_IMAGE=/path/credit.sif  runs in that container; CREDIT_VENV=/path/venv in that environment; else the active one
-# The job saves shortly before its time is up, and goes on in a new one until the epochs are done.
+# The job saves shortly before its time is up (CREDIT_STOP_BEFORE=120 seconds), and goes on in a new one until the epochs
+# are done.
 #SBATCH --job-name=credit
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=8
 #SBATCH --time=12:00:00
-#SBATCH --signal=USR2@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -u
 CONFIG=${1:?usage: sbatch hpc/generic_slurm.sh CONFIG [options of credit train]}; shift
 cd "$SLURM_SUBMIT_DIR"
+# By the clock: a signal to the ranks would also end the helper that mounts a container's image.
+end=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e)
+export CREDIT_STOP_AT=$(( $(date -d "$end" +%s 2>/dev/null || echo 9999999999) - ${CREDIT_STOP_BEFORE:-120} ))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} PYTHONNOUSERSITE=1
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it since Slurm 22.05
 credit=(python -m credit)

@@ -14,6 +14,11 @@ from credit.errors import ConfigError
 FOLDER = Path(__file__).parent / "hpc"
 """The project's `hpc/`, which is a part of the installed package too."""
 Scheduler = Literal["slurm", "pbs"]
+CLOCK = """\
+# By the clock: a signal to the ranks would also end the helper that mounts a container's image.
+end=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e)
+export CREDIT_STOP_AT=$(( $(date -d "$end" +%s 2>/dev/null || echo 9999999999) - ${CREDIT_STOP_BEFORE:-120} ))"""
+"""Lines of a Slurm job that say when it is to stop."""
 
 
 class Site(BaseModel):
@@ -134,6 +139,7 @@ def job_script(
         scheduler=chosen,
         nodes=nodes,
         ranks=each,
+        clock=CLOCK,
         environment="\n".join(environment(site, each)),
     )
 

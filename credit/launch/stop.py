@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from credit.errors import LaunchError
+
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 """USR2 for the time limit (NCCL takes USR1), TERM for preemption and for a user who ends the job."""
 
@@ -32,6 +34,14 @@ class StopRequest:
         if self.received is None and time.time() > self._deadline:
             self.received = "CREDIT_STOP_AT"
         return self.received is not None
+
+    def refuse_too_late(self) -> None:
+        """Raise a LaunchError if the clock stops this job before it does anything: it would be requeued for ever."""
+        if bool(self) and self.received == "CREDIT_STOP_AT":
+            raise LaunchError(
+                "the job's time is up (CREDIT_STOP_AT) before its first step, and would be in the next job too: ask "
+                "for a longer time limit, or set CREDIT_STOP_BEFORE (seconds kept for saving) to less"
+            )
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name

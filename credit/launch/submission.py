@@ -13,12 +13,11 @@ from typing import Any
 
 from credit.config import load_config
 from credit.errors import ConfigError, LaunchError, Stopped
-from credit.launch.sites import Site, environment, job_script, load_site
+from credit.launch.sites import CLOCK, Site, environment, job_script, load_site
 from credit.launch.stop import stop_requests
 from credit.layout import mesh_shape
 
 LOCAL = "local"
-SIGNAL_BEFORE_END_S = 120
 REQUEUE = (
     f"trap '[ $? != {Stopped.exit_code} ] || scontrol requeue $SLURM_JOB_ID' EXIT  # stopped by a signal, and saved"
 )
@@ -67,7 +66,7 @@ class TrainTask:
         self.config, self.changes = config, tuple(changes)
 
     def __call__(self) -> str:
-        """Train; at a signal save, and end with the code at which the job script puts the job back into the queue.
+        """Train; when asked to stop save, and end with the code at which the job script requeues.
 
         submitit's own handler would save on rank 0 alone, and a collective save would wait for the others for ever. And
         a container has no scontrol.
@@ -155,9 +154,9 @@ def _sbatch(order: _Order) -> Submission | str:
         "gpus_per_node": ranks,
         "cpus_per_task": max(site.cores_per_node // ranks, 1),
         "time": site.seconds // 60,
-        "signal_delay_s": SIGNAL_BEFORE_END_S,
+        "signal": "B:CONT@60",  # instead of submitit's, which see CLOCK
         "srun_args": options,
-        "setup": [*environment(site, ranks), REQUEUE],
+        "setup": [*CLOCK.splitlines(), *environment(site, ranks), REQUEUE],
         "requeue": True,
         site.queue_option: site.queue,
         "constraint": site.constraint,

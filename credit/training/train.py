@@ -169,11 +169,14 @@ class TrainingRun:
 
         Raises:
             Stopped: on all ranks, after saving, once any has a stop request.
+            LaunchError: if the job's time is up before its first step.
         """
         first = self.saved = self.resume()
         trained = Trained(self.model, [], [])
         self.job.config.run.mkdir(parents=True, exist_ok=True)
         self._tell("running", first)
+        with together("looking at the clock"):
+            request.refuse_too_late()
         self._enforce_contract(first)
         log = StepLog(self.job.config.run, first, self.steps, self.job.is_first)
         self.model.train()

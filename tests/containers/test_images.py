@@ -138,7 +138,8 @@ def test_sif_under_sbatch_on_two_nodes(sif, bare, slurm, glade) -> None:
     out = bare / "sbatch.log"
     nodes = ["-N2", "--ntasks-per-node=1", "-n2", f"--output={out}"]
     env = {**cluster.env(), "CREDIT_IMAGE": str(sif), "GLOO_SOCKET_IFNAME": "", "APPTAINER_USERNS": "1"}
-    done = run("sbatch", "--wait", *nodes, "hpc/derecho.sh", CONFIG, *shorter(bare / "sbatch"), env=env)
+    words = [*nodes, "hpc/derecho.sh", CONFIG, *shorter(bare / "sbatch")]
+    done = cluster.sbatch(*words, env=env | ONE_THREAD, cwd=ROOT)
     assert done.returncode == 0, out.read_text()
     assert "ranks from slurm" in out.read_text()
     assert "finished, step 4 of 4" in out.read_text()
@@ -146,20 +147,32 @@ def test_sif_under_sbatch_on_two_nodes(sif, bare, slurm, glade) -> None:
 
 
 def test_submit_with_a_container_is_put_back_into_the_queue(sif, bare, slurm) -> None:
-    """submitit inside the image; stopped by its time limit's signal, requeued from outside, where scontrol is."""
-    env = {**cluster.env(), "GLOO_SOCKET_IFNAME": "", "APPTAINER_USERNS": "1"}
-    options = [*shorter(bare / "submitted"), "--set", "trainer.epochs=40", "--set", "trainer.checkpoint_every=1000"]
-    where = ["--site", "generic_slurm", "--nodes", "2", "--ranks-per-node", "1", "--container", sif]
+    """submitit inside the image; stopped by the clock, requeued from outside, where scontrol is."""
+    folder = bare / "submitted"
+    env = {**cluster.env(), "GLOO_SOCKET_IFNAME": "", "APPTAINER_USERNS": "1", "CREDIT_STOP_BEFORE": "25"}
+    options = [*shorter(folder), "--set", "trainer.epochs=200", "--set", "trainer.checkpoint_every=1000"]
+    where = [
+        "--site",
+        "generic_slurm",
+        "--nodes",
+        "2",
+        "--ranks-per-node",
+        "1",
+        "--time",
+        "0:01:00",
+        "--container",
+        sif,
+    ]
     done = run(BIN / "credit", "submit", CONFIG, *options, *where, env=env)
     job = re.match(r"job (\d+)", done.stdout)
     assert job is not None
-    log = bare / "submitted" / "log.csv"
-    lab.until(lambda: log.exists() and log.read_text().count("\n") > 3, "steps are done")
-    run("scancel", "--signal=USR2", job[1], env=env)
-    text = lambda: "".join(one.read_text() for one in (bare / "submitted" / "jobs").glob(f"{job[1]}_0_log.*"))  # noqa: E731
-    lab.until(lambda: "resuming from" in text(), "the job goes on")
+
+    def log() -> str:
+        return "".join(one.read_text() for one in (folder / "jobs").glob(f"{job[1]}_0_log.*"))
+
+    lab.until(lambda: "resuming from" in log(), "the job goes on")
     run("scancel", job[1], env=env)
-    assert "credit: stopped: at step" in text()
+    assert "credit: stopped: at step" in log()
 
 
 def test_oci_under_torchrun(oci, bare) -> None:

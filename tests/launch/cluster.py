@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 LAB = Path("/tmp/credit-slurm")  # short: slurmstepd makes sockets under it
 NODES = [f"n{i}" for i in range(4)]
@@ -140,6 +141,21 @@ def idle() -> int:
     """How many nodes wait for a job."""
     done = subprocess.run(["sinfo", "-h", "-N", "-t", "idle", "-o", "%N"], env=env(), capture_output=True, text=True)
     return len(set(done.stdout.split()))
+
+
+def sbatch(*words: str, seconds: float = 240, **more: Any) -> subprocess.CompletedProcess:
+    """`sbatch --wait`, which asks ever more seldom; the exit code is that of the job."""
+    done = subprocess.run(["sbatch", "--parsable", *words], stdout=subprocess.PIPE, text=True, **more)
+    deadline = time.monotonic() + seconds
+    while done.returncode == 0:
+        assert time.monotonic() < deadline, f"job {done.stdout.strip()} does not end in {seconds} s"
+        time.sleep(0.3)
+        job = subprocess.run(["scontrol", "-o", "show", "job", done.stdout.strip()], env=env(), capture_output=True)
+        told = dict(part.split("=", 1) for part in job.stdout.decode().split() if "=" in part)
+        if told["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"):
+            done.returncode = int(told["ExitCode"].split(":")[0]) or int(told["JobState"] != "COMPLETED")
+            return done
+    return done
 
 
 def _start_munge() -> None:

@@ -49,7 +49,13 @@ def test_a_dry_run_shows_the_script_and_imports_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HPC.parent)
-    for line in ("#SBATCH --nodes=2", "#SBATCH --account=m1", "#SBATCH --time=30", "#SBATCH --signal=USR2@120"):
+    for line in (
+        "#SBATCH --nodes=2",
+        "#SBATCH --account=m1",
+        "#SBATCH --time=30",
+        "#SBATCH --signal=B:CONT@60",
+        "CREDIT_STOP_AT",
+    ):
         assert line in done.stdout
     assert '--cpu-bind=cores shifter --module=gpu,nccl-plugin --image="c.sif" python -u -m submitit' in done.stdout
 

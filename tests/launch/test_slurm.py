@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -52,15 +52,12 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(*command: str | Path, timeout: float = DEADLINE_S, **more: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env=environment(**more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-    )
+    words = [str(word) for word in command]
+    given: dict[str, Any] = {"cwd": ROOT, "env": environment(**more), "stderr": subprocess.STDOUT}
+    if words[0] == "sbatch" and "--parsable" not in words:
+        done = cluster.sbatch(*words[1:], seconds=timeout, **given)
+    else:
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=timeout, **given)
     print(done.stdout)
     return done
 
@@ -84,9 +81,9 @@ def torchrun(nodes: int, rank: str = "0", ranks: int = 4) -> list[str]:
 
 TWO_BY_TWO = ["-N2", "--ntasks-per-node=2", "-n4"]
 WAYS: dict[str, list[str]] = {
-    "sbatch, 2 nodes x 2": ["sbatch", "--wait", *TWO_BY_TWO, "hpc/derecho.sh", "CONFIG"],
-    "sbatch, cyclic": ["sbatch", "--wait", *TWO_BY_TWO, "--distribution=cyclic", "hpc/derecho.sh", "CONFIG"],
-    "sbatch, 4 nodes x 2": ["sbatch", "--wait", "-N4", "--ntasks-per-node=2", "hpc/generic_slurm.sh", "CONFIG"],
+    "sbatch, 2 nodes x 2": ["sbatch", *TWO_BY_TWO, "hpc/derecho.sh", "CONFIG"],
+    "sbatch, cyclic": ["sbatch", *TWO_BY_TWO, "--distribution=cyclic", "hpc/derecho.sh", "CONFIG"],
+    "sbatch, 4 nodes x 2": ["sbatch", "-N4", "--ntasks-per-node=2", "hpc/generic_slurm.sh", "CONFIG"],
     "srun": ["srun", *TWO_BY_TWO, PYTHON, "-m", "credit", "train", "CONFIG"],
     "srun with PMI": ["srun", *TWO_BY_TWO, "--mpi=pmi2", PYTHON, "-m", "credit", "train", "CONFIG"],
     "srun and torchrun": [
@@ -143,11 +140,12 @@ def bitwise(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-TRAINING_S = 45
-"""How long the runs are that something happens to: Slurm looks at time limits every 30 s only."""
+TRAINING_S = 20
+"""How long the runs are that something happens to."""
 
 
 class Long(NamedTuple):
+    startup_s: float
     options: list[str]
     steps: int
     weights: dict[str, torch.Tensor]
@@ -158,20 +156,23 @@ def long(slurm, base: Path, tmp_path_factory) -> Long:
     """A run of `TRAINING_S` on 2 nodes x 1 rank, at the speed of this machine, and what it ends with if undisturbed."""
     folder = tmp_path_factory.mktemp("long")
     command = ["srun", "-N2", "-n2", PYTHON, "-m", "credit", "train", base, "--set"]
+    begin = time.monotonic()
     assert run(*command, f"run={folder}/short").returncode == 0
+    startup_s = time.monotonic() - begin
     with (folder / "short" / "log.csv").open(newline="") as stream:
         each = statistics.median(float(row["seconds"]) for row in csv.DictReader(stream))
     epochs = max(int(TRAINING_S / each / 5), 12)
     options = ["--set", f"trainer.epochs={epochs}", "--set", "trainer.checkpoint_every=20"]
     assert run(*command, f"run={folder}/long", *options).returncode == 0
-    return Long(options, 5 * epochs, weights(folder / "long", base, options))
+    return Long(startup_s, options, 5 * epochs, weights(folder / "long", base, options))
 
 
-def submitted(base: Path, folder: Path, long: Long, *options: str) -> str:
+def submitted(base: Path, folder: Path, long: Long, *options: str, **env: str) -> str:
     """Hand the long run in on 2 nodes x 1 rank; the job's number."""
     log = folder / "job.log"
     more = ["-N2", "-n2", "--ntasks-per-node=1", f"--output={log}", *options]
-    done = run("sbatch", "--parsable", *more, "hpc/generic_slurm.sh", base, "--set", f"run={folder}", *long.options)
+    words = ["hpc/generic_slurm.sh", base, "--set", f"run={folder}", *long.options]
+    done = run("sbatch", "--parsable", *more, *words, **env)
     assert done.returncode == 0
     return done.stdout.strip()
 
@@ -206,15 +207,23 @@ def ranks_of(config: Path) -> list[int]:
 
 
 def test_a_time_limit_in_mid_epoch(slurm, base, long, tmp_path) -> None:
-    """Slurm's own: one minute, of which at most 55 seconds are left when it signals; the job chains itself."""
-    submitted(base, tmp_path, long, "--time=1", "--signal=USR2@55")
+    """One minute, of which some seconds are used; the job chains itself."""
+    keep = max(60 - 2 * long.startup_s - TRAINING_S / 4, 5)
+    submitted(base, tmp_path, long, "--time=1", CREDIT_STOP_BEFORE=f"{keep:.0f}")
     until(lambda: state(tmp_path) == "finished", "the epochs are done", 2 * DEADLINE_S)
     log = (tmp_path / "job.log").read_text()
-    stopped = re.findall(rf"credit: stopped: at step (\d+) of {long.steps} by SIGUSR2, and saved", log)
+    stopped = re.findall(rf"credit: stopped: at step (\d+) of {long.steps} by CREDIT_STOP_AT, and saved", log)
     resumed = re.findall(r"resuming from .*step-(\d+)", log)
     assert [int(step) for step in stopped if int(step)] == [int(step) for step in resumed]
     assert resumed
     assert bitwise(weights(tmp_path, base, long.options), long.weights)
+
+
+def test_a_job_that_is_too_short_ends_instead_of_going_in_circles(slurm, base, tmp_path) -> None:
+    out = f"--output={tmp_path}/out"
+    done = run("sbatch", "-N1", "-n2", "--time=1", out, "hpc/generic_slurm.sh", base, "--set", f"run={tmp_path}/run")
+    assert done.returncode == 2
+    assert "the job's time is up (CREDIT_STOP_AT) before its first step" in (tmp_path / "out").read_text()
 
 
 def test_a_node_that_crashes_and_a_job_that_is_requeued(slurm, base, long, tmp_path) -> None:
@@ -287,7 +296,7 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str]] = {
         "MASTER_ADDR is 127.0.0.1, which every node takes for itself, but there are several nodes",
     ),
     "no srun": (
-        ["sbatch", "--wait", "-N2", "-n4", "--output=OUT", "--wrap", f"{PYTHON} -m credit layout CONFIG"],
+        ["sbatch", "-N2", "-n4", "--output=OUT", "--wrap", f"{PYTHON} -m credit layout CONFIG"],
         {},
         "has 4 tasks, but this process was started without srun",
     ),
