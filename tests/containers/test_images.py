@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ BIN = Path(sys.executable).parent
 DEADLINE_S = 300
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 CONFIG = "configs/quickstart.yaml"
+# Hydra would kill the other ranks at the first that fails, and then wait for the helpers that mounted their images.
+MPIEXEC = [BIN / "mpiexec", "-disable-auto-cleanup"]
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None, **more: str) -> subprocess.CompletedProcess:
@@ -119,9 +122,28 @@ def test_sif_under_torchrun(sif, bare) -> None:
 def test_sif_under_mpiexec(sif, bare) -> None:
     """The hybrid model: the host's mpiexec starts one container a rank, the image's MPI talks to it."""
     inside = ["apptainer", "--silent", "exec", sif, "python", "-m", "credit", "train", CONFIG]
-    done = as_user(BIN / "mpiexec", "-n", "4", *inside, *shorter(bare / "mpi"))
+    done = as_user(*MPIEXEC, "-n", "4", *inside, *shorter(bare / "mpi"))
     assert "mesh dp 2 x tp 1 x domain 2 (ddp) on cpu, ranks from mpi" in done.stdout
     same_losses(bare, bare / "mpi", ranks=4)
+
+
+def test_an_error_under_mpiexec_ends_all_ranks(sif) -> None:
+    inside = [
+        "apptainer",
+        "--silent",
+        "exec",
+        sif,
+        "python",
+        "-m",
+        "credit",
+        "layout",
+        CONFIG,
+        "--set",
+        "trainer.foo=1",
+    ]
+    done = as_user(*MPIEXEC, "-n", "2", *inside)
+    assert done.returncode == 2
+    assert done.stdout.count("unknown key trainer.foo") == 1
 
 
 @pytest.fixture
@@ -176,13 +198,8 @@ def test_submit_with_a_container_is_put_back_into_the_queue(sif, bare, slurm) ->
 
 
 def test_oci_under_torchrun(oci, bare) -> None:
-    done = run(
-        *podman("--volume", f"{bare}:{bare}", "--entrypoint", "torchrun"),
-        oci,
-        *TORCHRUN[1:],
-        *shorter(bare / "oci"),
-        env=lab.environment(),
-    )
+    words = [*TORCHRUN[1:], *shorter(bare / "oci")]
+    done = podman(oci, *words, entrypoint="torchrun", options=("--volume", f"{bare}:{bare}"))
     assert "ranks from torchrun" in done.stdout
     same_losses(bare, bare / "oci")
 
@@ -256,12 +273,9 @@ def closure_bytes(*names: str) -> int:
 
 
 def test_images_hold_no_compiler_and_cannot_be_written(sif, oci) -> None:
-    search = "command -v gcc cc g++ make pip; ls /var/lib/apt/lists /root/.cache /src 2>/dev/null; touch /opt/credit/x"
-    for done in (
-        apptainer(sif, "sh", "-c", search),
-        run(*podman("--entrypoint", "sh"), oci, "-c", search, env=lab.environment()),
-    ):
-        assert re.fullmatch(r"(touch: cannot touch.*\n|/var/lib/apt/lists:\n)+", done.stdout), done.stdout
+    search = "command -v gcc cc g++ make pip; ls /root/.cache /src 2>/dev/null; touch /opt/credit/x"
+    for done in (apptainer(sif, "sh", "-c", search), podman(oci, "-c", search, entrypoint="sh")):
+        assert re.fullmatch(r"touch: cannot touch.*\n", done.stdout)
 
 
 CLOSED = {
@@ -271,7 +285,6 @@ CLOSED = {
     "no home": ("--no-home",),
     "no network": ("--net", "--network", "none"),
     "--nv": ("--nv",),
-    "another uid": ("--userns", "--fakeroot"),
 }
 
 
@@ -342,18 +355,23 @@ def test_a_path_outside_of_the_image_is_named(sif, bare) -> None:
 def test_a_dropped_environment_is_refused(sif, bare) -> None:
     """Every rank would be rank 0 of 1."""
     inside = ["apptainer", "--silent", "exec", "--cleanenv", sif, "python", "-m", "credit", "layout", CONFIG]
-    done = as_user(BIN / "mpiexec", "-n", "2", *inside)
+    done = as_user(*MPIEXEC, "-n", "2", *inside)
     assert done.returncode != 0
     assert "mpiexec started this process (hydra_pmi_proxy), but its variables did not get here" in done.stdout
 
 
 def test_ranks_that_cannot_see_their_launcher_meet_at_the_run_directory(sif, bare) -> None:
-    alone = ["--set", "trainer.parallelism.domain=1", "--set", "trainer.epochs=40"]
-    inside = ["apptainer", "--silent", "exec", "--containall", "--pwd", ROOT, "--bind", f"{ROOT},{bare}", sif]
-    words = ["python", "-m", "credit", "train", CONFIG, *shorter(bare / "alone"), *alone]
-    done = as_user(BIN / "mpiexec", "-n", "2", *inside, *words)
-    assert done.returncode != 0
-    assert f"another job writes into {bare / 'alone'}" in done.stdout
+    """As `mpiexec apptainer exec --containall` starts them: no variables, no processes of the host to look at."""
+    alone = ["--set", "trainer.parallelism.domain=1", "--set", "trainer.epochs=400"]
+    options = ("--containall", "--pwd", str(ROOT), "--bind", f"{ROOT},{bare}")
+    words = ["credit", "train", CONFIG, *shorter(bare / "alone"), *alone]
+    with ThreadPoolExecutor() as both:
+        ranks = [both.submit(apptainer, sif, *words, options=options) for _ in range(2)]
+        first = next(as_completed(ranks)).result()
+        call = ["pkill", "-u", lab.USER, "-f", "credit train"]
+        assert run(*call).returncode == 0
+    assert first.returncode == 2
+    assert f"another job writes into {bare / 'alone'}" in first.stdout
 
 
 @pytest.fixture(scope="module")
