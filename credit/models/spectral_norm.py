@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,12 +40,12 @@ class SpectralNorm(nn.Module):
 
     @torch.no_grad()
     def _iterate(self, matrix: Tensor, times: int = 1) -> None:
-        for _ in range(times):
+        for _ in range(0 if matrix.is_meta else times):  # without values there is nothing to find
             self.u.copy_(F.normalize(matrix @ self.v, dim=0))
             self.v.copy_(F.normalize(self.u @ matrix, dim=0))
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
+        with nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
             matrix = self._matrix(weight).to(self.u.dtype)
             if self.training:
                 self._iterate(matrix)

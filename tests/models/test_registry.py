@@ -109,8 +109,9 @@ def test_arguments_are_part_of_the_config(own) -> None:
 
 
 def test_the_packages_own_models_take_what_their_blocks_say() -> None:
-    for name in MODELS:
-        raw = conf(Path("run"), Path("s.zarr")) | {"model": {"name": name}}
+    blocks = [{"name": name} for name in MODELS] + [{"name": "wxformer", "spectral_norm": True}]
+    for block in blocks:
+        raw = conf(Path("run"), Path("s.zarr")) | {"model": block}
         with torch.device("meta"):
             model = build_model(parse_config(raw).model, 5, 2, (64, 128))
-        assert type(model) is MODELS[name]
+        assert type(model) is MODELS[block["name"]]
