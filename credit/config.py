@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from credit.errors import ConfigError
 
@@ -20,6 +29,7 @@ class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Count = Annotated[int, Field(ge=1)]
 Period = tuple[datetime, datetime]
 
 
@@ -122,7 +132,83 @@ class Transformer(_Block):
         return self
 
 
-Model = Annotated[UNet | Transformer, Field(discriminator="name")]
+class WXFormer(_Block):
+    """`credit.models.wxformer.WXFormer`. Lists have an entry for each stage of the encoder."""
+
+    name: Literal["wxformer"]
+    widths: Annotated[list[Count], Field(min_length=1)] = [64, 128, 256, 512]
+    """Channels of the stages; `head_width` and `groups` must divide them."""
+    depths: list[Count] = [2, 2, 8, 2]
+    """Pairs of short- and long-distance attention."""
+    kernels: list[Annotated[list[Count], Field(min_length=1)]] = [[4, 8, 16, 32], [2, 4], [2, 4], [2, 4]]
+    """Sizes of the parallel convolutions that begin a stage: its stride, or more by an even number."""
+    strides: list[Count] = [2, 2, 2, 2]
+    """How many times coarser a stage is than the one before."""
+    local_window: Count = 6
+    """Rows and columns of a window of short-distance attention."""
+    global_windows: list[Count] = [6, 6, 3, 3]
+    """Rows and columns of points of long-distance attention; they lie as far apart as there are windows."""
+    head_width: Count = 32
+    """Channels of a head of attention; `trainer.parallelism.tensor` must divide the heads of every stage."""
+    ratio: Count = 4
+    """Width of the feed-forward networks over that of the stage."""
+    decoder: Literal["transposed", "pixel_shuffle"] = "transposed"
+    """How it gets back to finer grids: transposed convolutions, or pixel shuffle."""
+    groups: Count = 8
+    """Groups of GroupNorm in the decoder."""
+    padding: Annotated[int, Field(ge=0)] = 0
+    """Rows and columns added on each side at least, across the poles and around the globe; more are, until the
+    strides and windows of all stages fit."""
+    spectral_norm: bool = False
+    """Divide weights by their largest singular value: steadier long forecasts."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> WXFormer:
+        for name in ("depths", "kernels", "strides", "global_windows"):
+            if len(getattr(self, name)) != len(self.widths):
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries, and widths has {len(self.widths)}")
+        for width, kernels, stride in zip(self.widths, self.kernels, self.strides, strict=True):
+            for name in ("head_width", "groups"):
+                if width % getattr(self, name):
+                    raise ValueError(f"{name} {getattr(self, name)} does not divide width {width}")
+            if any(kernel < stride or (kernel - stride) % 2 for kernel in kernels):
+                raise ValueError(f"kernels {kernels} must be their stride of {stride}, or more by an even number")
+            if width >> (len(kernels) - 1) < 1:
+                raise ValueError(f"width {width} cannot be halved for each of kernels {kernels}")
+        return self
+
+
+class Custom(BaseModel):
+    """A class of the user's own: `name` is its dotted path, all other keys are arguments of its constructor.
+
+    It is called as `Class(in_channels, out_channels, grid, **keys)`, and maps (batch, in_channels, latitude,
+    longitude) to (batch, out_channels, latitude, longitude).
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+
+MODELS: dict[str, type[_Block]] = {"unet": UNet, "transformer": Transformer, "wxformer": WXFormer}
+"""The blocks of the package's own models, by name."""
+
+
+def _kind(block: Any) -> str | None:
+    """The tag of a `model` block, by its name."""
+    name = block.get("name") if isinstance(block, dict) else getattr(block, "name", None)
+    if not isinstance(name, str):
+        return None
+    return "custom" if "." in name else name if name in MODELS else None
+
+
+Model = Annotated[
+    Annotated[UNet, Tag("unet")]
+    | Annotated[Transformer, Tag("transformer")]
+    | Annotated[WXFormer, Tag("wxformer")]
+    | Annotated[Custom, Tag("custom")],
+    Discriminator(_kind),
+]
 
 
 class Parallelism(_Block):
@@ -261,8 +347,8 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
         raise ConfigError(f"{origin}: " + "; ".join(found), found) from None
 
 
-_TAGS: dict[Any, Any] = {"unet": UNet, "transformer": Transformer}
-"""The kinds of model by name, which pydantic puts into the place of an error."""
+_TAGS: dict[Any, Any] = {**MODELS, "custom": Custom}
+"""The kinds of model, which pydantic puts into the place of an error."""
 
 
 def _explain(error: Any) -> str:
@@ -273,7 +359,9 @@ def _explain(error: Any) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {where}; {hint}"
     if error["type"].startswith("union_tag"):
-        return f"{where}.name: must be one of {', '.join(_TAGS)}, got {error['input'].get('name')!r}"
+        given = error["input"]
+        got = given.get("name") if isinstance(given, dict) else given
+        return f"{where}.name: must be one of {', '.join(MODELS)}, or the dotted path of a class, got {got!r}"
     if error["type"] == "missing":
         return f"{where} is missing"
     message = error["msg"].removeprefix("Value error, ")

@@ -44,7 +44,20 @@ def test_there_are_configs() -> None:
         ("data.train", ["2020-02-01", "2020-01-01"], "data.train: the period starts at 2020-02-01"),
         ("data.test", ["2020-01-03", "2020-01-11"], "data: train and test share times"),
         ("model.width", 6, "model: groups 2 does not divide width 6"),
-        ("model.name", "unett", "model.name: must be one of unet, transformer, got 'unett'"),
+        (
+            "model.name",
+            "unett",
+            "model.name: must be one of unet, transformer, wxformer, or the dotted path of a class, got",
+        ),
+        ("model", {"name": "wxformer", "width": 8}, "unknown key model.width; did you mean 'widths'?"),
+        ("model", {"name": "wxformer", "depths": [1]}, "model: depths has 1 entries, and widths has 4"),
+        ("model", {"name": "wxformer", "head_width": 48}, "model: head_width 48 does not divide width 64"),
+        (
+            "model",
+            {"name": "wxformer", "strides": [3, 2, 2, 2]},
+            "model: kernels [4, 8, 16, 32] must be their stride of 3",
+        ),
+        ("model", "unet", "model.name: must be one of unet, transformer, wxformer, or the dotted path"),
         ("forecast.lead", "7h", "config: forecast.lead 7 h is not a multiple of data.step"),
     ],
 )

@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Sides = int | tuple[int, int]
+"""As many on both sides, or (before, after)."""
 
-def pad_on_sphere(x: Tensor, rows: int, columns: int) -> Tensor:
+
+def pad_on_sphere(x: Tensor, rows: Sides, columns: Sides) -> Tensor:
     """Pad (..., latitude, longitude): around the globe in longitude, across the poles in latitude.
 
     The k-th row beyond a pole is the k-th row from it, seen from the other side: shifted by half the longitudes.
@@ -16,11 +19,12 @@ def pad_on_sphere(x: Tensor, rows: int, columns: int) -> Tensor:
     Raises:
         ValueError: if the longitudes are odd in number, so that no point lies opposite.
     """
-    if rows:
+    (first, last), (west, east) = ((n, n) if isinstance(n, int) else n for n in (rows, columns))
+    if first or last:
         if x.shape[-1] % 2:
             raise ValueError(f"{x.shape[-1]} longitudes: no point lies opposite another across the pole")
         half = x.shape[-1] // 2
-        north = x[..., :rows, :].flip(-2).roll(half, -1)
-        south = x[..., -rows:, :].flip(-2).roll(half, -1)
-        x = torch.cat([north, x, south], -2)
-    return F.pad(x, (columns, columns, 0, 0), mode="circular") if columns else x
+        before = x[..., :first, :].flip(-2).roll(half, -1)
+        after = x[..., x.shape[-2] - last :, :].flip(-2).roll(half, -1)
+        x = torch.cat([before, x, after], -2)
+    return F.pad(x, (west, east, 0, 0), mode="circular") if west or east else x

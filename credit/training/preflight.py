@@ -113,7 +113,7 @@ def _model(config: Config, ranks: int | None) -> Iterator[Finding]:
     try:
         with torch.device("meta"):
             model = build_model(config.model, inputs, outputs, grid)
-    except ValueError as error:
+    except (ConfigError, ValueError) as error:
         yield Finding("error", "model", str(error))
         return
     parameters = sum(parameter.numel() for parameter in model.parameters())
