@@ -122,7 +122,22 @@ class Transformer(_Block):
         return self
 
 
-Model = Annotated[UNet | Transformer, Field(discriminator="name")]
+class DiffusionUNet(UNet):
+    """`credit.models.unet_diffusion.DiffusionUNet`."""
+
+    name: Literal["unet_diffusion"]  # type: ignore[assignment]
+    width: Annotated[int, Field(ge=2, multiple_of=2)] = 32
+    heads: Annotated[int, Field(ge=0)] = 4
+    """Heads of attention between all points of the coarsest grid; 0 for none."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> DiffusionUNet:
+        if self.heads and self.width * 2**self.levels % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width x 2^levels, {self.width * 2**self.levels}")
+        return self
+
+
+Model = Annotated[UNet | Transformer | DiffusionUNet, Field(discriminator="name")]
 
 
 class Parallelism(_Block):
@@ -261,7 +276,7 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
         raise ConfigError(f"{origin}: " + "; ".join(found), found) from None
 
 
-_TAGS: dict[Any, Any] = {"unet": UNet, "transformer": Transformer}
+_TAGS: dict[Any, Any] = {"unet": UNet, "transformer": Transformer, "unet_diffusion": DiffusionUNet}
 """The kinds of model by name, which pydantic puts into the place of an error."""
 
 
