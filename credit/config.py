@@ -137,7 +137,38 @@ class DiffusionUNet(UNet):
         return self
 
 
-Model = Annotated[UNet | Transformer | DiffusionUNet, Field(discriminator="name")]
+_Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+
+
+class Pangu(_Block):
+    """`credit.models.pangu.Pangu`."""
+
+    name: Literal["pangu"]
+    upper: Annotated[int, Field(ge=1)]
+    """Variables on levels: the first of `data.variables`. The others, and what is given, are the surface."""
+    levels: Annotated[int, Field(ge=1)]
+    """Levels of each: as many as `data.levels`, from the ground up."""
+    width: Annotated[int, Field(ge=1)] = 192
+    """Channels of a point."""
+    depth: Annotated[int, Field(ge=0)] = 2
+    """Blocks on the grid of the points, before it is halved and again after."""
+    coarse_depth: Annotated[int, Field(ge=0)] = 12
+    """Blocks on the halved grid, twice as wide; 0 to leave the grid as it is."""
+    heads: Annotated[int, Field(ge=1)] = 6
+    """Heads of attention; must divide `width`, and `trainer.parallelism.tensor` must divide them."""
+    window: _Size = (2, 6, 12)
+    """Levels, latitudes and longitudes of an attention window, in points."""
+    patch: _Size = (2, 4, 4)
+    """Levels, latitudes and longitudes of the cube that is a point."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Pangu:
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        return self
+
+
+Model = Annotated[UNet | Transformer | DiffusionUNet | Pangu, Field(discriminator="name")]
 
 
 class Parallelism(_Block):
@@ -213,6 +244,9 @@ class Config(_Block):
     def _fits(self) -> Config:
         if self.forecast.lead_hours % self.data.step_hours:
             raise ValueError(f"forecast.lead {self.forecast.lead_hours} h is not a multiple of data.step")
+        levels = len(self.data.levels)
+        if isinstance(self.model, Pangu) and levels and self.model.levels != levels:
+            raise ValueError(f"model.levels is {self.model.levels}, and data.levels names {levels}")
         return self
 
     @property
@@ -276,7 +310,7 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
         raise ConfigError(f"{origin}: " + "; ".join(found), found) from None
 
 
-_TAGS: dict[Any, Any] = {"unet": UNet, "transformer": Transformer, "unet_diffusion": DiffusionUNet}
+_TAGS: dict[Any, Any] = {"unet": UNet, "transformer": Transformer, "unet_diffusion": DiffusionUNet, "pangu": Pangu}
 """The kinds of model by name, which pydantic puts into the place of an error."""
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from credit.config import Model
 from credit.domain_parallel import DomainParallelPeriodicConv2d
+from credit.models.pangu import Pangu
 from credit.models.sphere import PeriodicConv2d
 from credit.models.transformer import WindowTransformer
 from credit.models.unet import UNet
@@ -19,6 +20,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "unet": UNet,
     "transformer": WindowTransformer,
     "unet_diffusion": DiffusionUNet,
+    "pangu": Pangu,
 }
 
 
