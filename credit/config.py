@@ -178,6 +178,52 @@ class WXFormer(_Block):
         return self
 
 
+class DiffusionUNet(UNet):
+    """`credit.models.unet_diffusion.DiffusionUNet`."""
+
+    name: Literal["unet_diffusion"]  # type: ignore[assignment]
+    width: Annotated[int, Field(ge=2, multiple_of=2)] = 32
+    heads: Annotated[int, Field(ge=0)] = 4
+    """Heads of attention between all points of the coarsest grid; 0 for none."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> DiffusionUNet:
+        if self.heads and self.width * 2**self.levels % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width x 2^levels, {self.width * 2**self.levels}")
+        return self
+
+
+_Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+
+
+class Pangu(_Block):
+    """`credit.models.pangu.Pangu`."""
+
+    name: Literal["pangu"]
+    upper: Annotated[int, Field(ge=1)]
+    """Variables on levels: the first of `data.variables`. The others, and what is given, are the surface."""
+    levels: Annotated[int, Field(ge=1)]
+    """Levels of each: as many as `data.levels`, from the ground up."""
+    width: Annotated[int, Field(ge=1)] = 192
+    """Channels of a point."""
+    depth: Annotated[int, Field(ge=0)] = 2
+    """Blocks on the grid of the points, before it is halved and again after."""
+    coarse_depth: Annotated[int, Field(ge=0)] = 12
+    """Blocks on the halved grid, twice as wide; 0 to leave the grid as it is."""
+    heads: Annotated[int, Field(ge=1)] = 6
+    """Heads of attention; must divide `width`, and `trainer.parallelism.tensor` must divide them."""
+    window: _Size = (2, 6, 12)
+    """Levels, latitudes and longitudes of an attention window, in points."""
+    patch: _Size = (2, 4, 4)
+    """Levels, latitudes and longitudes of the cube that is a point."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Pangu:
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        return self
+
+
 class Custom(BaseModel):
     """A class of the user's own: `name` is its dotted path, all other keys are arguments of its constructor.
 
@@ -190,7 +236,13 @@ class Custom(BaseModel):
     name: str
 
 
-MODELS: dict[str, type[_Block]] = {"unet": UNet, "transformer": Transformer, "wxformer": WXFormer}
+MODELS: dict[str, type[_Block]] = {
+    "unet": UNet,
+    "unet_diffusion": DiffusionUNet,
+    "transformer": Transformer,
+    "wxformer": WXFormer,
+    "pangu": Pangu,
+}
 """The blocks of the package's own models, by name."""
 
 
@@ -204,8 +256,10 @@ def _kind(block: Any) -> str | None:
 
 Model = Annotated[
     Annotated[UNet, Tag("unet")]
+    | Annotated[DiffusionUNet, Tag("unet_diffusion")]
     | Annotated[Transformer, Tag("transformer")]
     | Annotated[WXFormer, Tag("wxformer")]
+    | Annotated[Pangu, Tag("pangu")]
     | Annotated[Custom, Tag("custom")],
     Discriminator(_kind),
 ]
@@ -284,6 +338,9 @@ class Config(_Block):
     def _fits(self) -> Config:
         if self.forecast.lead_hours % self.data.step_hours:
             raise ValueError(f"forecast.lead {self.forecast.lead_hours} h is not a multiple of data.step")
+        levels = len(self.data.levels)
+        if isinstance(self.model, Pangu) and levels and self.model.levels != levels:
+            raise ValueError(f"model.levels is {self.model.levels}, and data.levels names {levels}")
         return self
 
     @property

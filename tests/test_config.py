@@ -47,7 +47,7 @@ def test_there_are_configs() -> None:
         (
             "model.name",
             "unett",
-            "model.name: must be one of unet, transformer, wxformer, or the dotted path of a class, got",
+            "model.name: must be one of unet, unet_diffusion, transformer, wxformer, pangu, or the dotted path of a class, got",
         ),
         ("model", {"name": "wxformer", "width": 8}, "unknown key model.width; did you mean 'widths'?"),
         ("model", {"name": "wxformer", "depths": [1]}, "model: depths has 1 entries, and widths has 4"),
@@ -57,7 +57,11 @@ def test_there_are_configs() -> None:
             {"name": "wxformer", "strides": [3, 2, 2, 2]},
             "model: kernels [4, 8, 16, 32] must be their stride of 3",
         ),
-        ("model", "unet", "model.name: must be one of unet, transformer, wxformer, or the dotted path"),
+        (
+            "model",
+            "unet",
+            "model.name: must be one of unet, unet_diffusion, transformer, wxformer, pangu, or the dotted path",
+        ),
         ("forecast.lead", "7h", "config: forecast.lead 7 h is not a multiple of data.step"),
     ],
 )

@@ -10,16 +10,24 @@ from torch import nn
 from credit.config import Custom, Model
 from credit.domain_parallel import DomainParallelPeriodicConv2d, SharedHalo
 from credit.errors import ConfigError
+from credit.models.pangu import Pangu
+from credit.models.sphere import PeriodicConv2d
 from credit.models.transformer import WindowTransformer
 from credit.models.unet import UNet
-from credit.models.unet_diffusion import PeriodicConv2d
+from credit.models.unet_diffusion import DiffusionUNet
 from credit.models.wxformer import CrossEmbedLayer, WXFormer
 
 DOMAIN_CONVERTERS = {PeriodicConv2d: DomainParallelPeriodicConv2d, CrossEmbedLayer: SharedHalo}
 """For `convert_to_domain_parallel`: the layers of these models that are more than torch's own."""
 
 
-MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "transformer": WindowTransformer, "wxformer": WXFormer}
+MODELS: dict[str, type[nn.Module]] = {
+    "unet": UNet,
+    "unet_diffusion": DiffusionUNet,
+    "transformer": WindowTransformer,
+    "wxformer": WXFormer,
+    "pangu": Pangu,
+}
 """The package's own, by `model.name`. Any other name is the dotted path of a user's class."""
 
 

@@ -27,11 +27,12 @@ class _Attention(nn.Module):
         self.project = nn.Linear(channels, channels)
 
     def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        batch, tokens, channels = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, channels // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        """(batch, ..., tokens, channels), with a bias of (... x heads, tokens, tokens): the same for all of a batch."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).movedim((-3, -2), (0, -3))
+        # Heads of different kinds of windows are heads to torch, whose fast kernels know a batch and heads alone.
+        q, k, v = qkv.flatten(2, -3)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.project(y.transpose(1, 2).reshape(batch, tokens, channels))
+        return self.project(y.reshape(qkv.shape[1:]).transpose(-3, -2).flatten(-2))
 
 
 class DynamicPositionBias(nn.Module):
@@ -114,6 +115,73 @@ class WindowAttention(_Attention):
         if self.shift:
             y = y.roll((self.shift, self.shift), (1, 2))
         return y[:, :rows, :columns].permute(0, 3, 1, 2)
+
+
+class EarthAttention(_Attention):
+    """Attention within windows of (batch, levels, latitudes, longitudes, channels), with a bias that knows where on
+    Earth a window lies (Bi et al. 2023, Pangu-Weather).
+
+    Windows at other levels or latitudes have biases of their own; along a latitude circle they share one. It depends
+    on the levels and rows of both points, and on how many longitudes lie between them. The grid is padded to whole
+    windows. Shifted windows go around the globe in longitude; what a shift brings together from both poles, or from
+    top and bottom, does not see each other, and nothing sees the padding.
+
+    Args:
+        channels, heads: of the attention.
+        grid: levels, latitudes, longitudes.
+        window: of a window; must divide the longitudes.
+        shifted: move the windows by half their size, along axes that have more than one.
+    """
+
+    visible: Tensor
+    pair: Tensor
+
+    def __init__(
+        self, channels: int, heads: int, grid: tuple[int, int, int], window: tuple[int, int, int], shifted: bool
+    ) -> None:
+        super().__init__(channels, heads)
+        sizes = tuple(zip(grid, window, strict=True))
+        self.window = window
+        self.shift = tuple(n // 2 if shifted and length > n else 0 for length, n in sizes)
+        levels, rows, columns = window
+        self.register_buffer("visible", self._visible(sizes), persistent=False)
+        self.register_buffer("pair", _pairs(*window), persistent=False)
+        pairs = (levels * rows) ** 2 * (2 * columns - 1)
+        self.bias = nn.Parameter(torch.zeros(len(self.visible), heads, pairs))
+
+    def _visible(self, sizes: tuple[tuple[int, int], ...]) -> Tensor:
+        """Whether a point sees another, (windows of a meridian, points, points)."""
+        levels, rows = (_regions(*size, shift) for size, shift in zip(sizes[:2], self.shift[:2], strict=True))
+        region = 4 * levels[:, None, :, None] + rows[None, :, None, :]
+        region = region.flatten(2).flatten(0, 1).repeat_interleave(self.window[2], -1)
+        return region[:, :, None] == region[:, None, :]
+
+    def forward(self, x: Tensor) -> Tensor:
+        window, (batch, levels, rows, _, channels) = self.window, x.shape
+        x = F.pad(x, (0, 0, 0, 0, 0, -rows % window[1], 0, -levels % window[0]))
+        x = x.roll([-shift for shift in self.shift], (1, 2, 3))
+        tiles = [n for length, size in zip(x.shape[1:4], window, strict=True) for n in (length // size, size)]
+        windows = x.reshape(batch, *tiles, channels).permute(0, 5, 1, 3, 2, 4, 6, 7)
+        bias = self.bias[..., self.pair].masked_fill(~self.visible[:, None], -torch.inf).flatten(0, 1)
+        y = self.attend(windows.flatten(4, 6).flatten(2, 3).flatten(0, 1), bias).reshape(windows.shape)
+        y = y.permute(0, 2, 4, 3, 5, 1, 6, 7).reshape(x.shape).roll(self.shift, (1, 2, 3))
+        return y[:, :levels, :rows]
+
+
+def _regions(length: int, window: int, shift: int) -> Tensor:
+    """Which of the regions 0 to 3 the places of an axis belong to once it is padded and shifted, (windows, window):
+    what has come from the other end, and the padding, are regions of their own."""
+    padded = length + -length % window
+    place = torch.arange(shift, shift + padded)
+    return (place // padded + 2 * (place % padded >= length)).view(-1, window)
+
+
+def _pairs(levels: int, rows: int, columns: int) -> Tensor:
+    """A number for each pair of points of a window, (points, points): equal for pairs that differ in longitude alone,
+    and by as much."""
+    level, row, column = torch.cartesian_prod(*map(torch.arange, (levels, rows, columns))).unbind(-1)
+    pair = (level[:, None] * levels + level) * rows**2 + row[:, None] * rows + row
+    return pair * (2 * columns - 1) + column[:, None] - column + columns - 1
 
 
 class AxialAttention(_Attention):

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from credit.models.attention import DynamicPositionBias, WindowAttention
 from credit.models.spectral_norm import normalize_weights
-from credit.models.sphere import pad_on_sphere
+from credit.models.sphere import PeriodicConv2d, pad_on_sphere
 from credit.models.transformer import ChannelNorm
 from credit.models.unet import ResidualBlock
-from credit.models.unet_diffusion import PeriodicConv2d
 
 
 class CrossEmbedLayer(nn.Module):
