@@ -51,7 +51,7 @@ class Data(_Block):
     train: Period
     valid: Period
     test: Period
-    """Periods [from, to): a sample belongs to the period that holds both its times."""
+    """Periods [from, to): a sample belongs to the period that holds all its times."""
     gaps: Literal["refuse", "skip"] = "refuse"
     """Times whose successor one step later is missing: refuse the store, or skip those times."""
     stats: str | None = None
@@ -150,6 +150,10 @@ class Trainer(_Block):
     seed: int = 0
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Parts of a batch that are computed one after another, to save memory: the same numbers."""
+    rollout: Annotated[int, Field(ge=1)] = 1
+    """Steps that are forecast from each sample, each from what the one before made; the loss is their mean."""
+    rollout_detach: bool = False
+    """No gradient from a step to the one before: each learns to mend what it is given, and memory is that of one."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, which validation and forecasts then use."""
     activation_checkpointing: bool = False
