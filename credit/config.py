@@ -133,6 +133,24 @@ class Parallelism(_Block):
     domain: Annotated[int, Field(ge=1, strict=True)] = 1
 
 
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Loss(_Block):
+    """What is minimised: the mean over samples, steps, channels and the area of the globe of an error in units of
+    one step's root mean square change."""
+
+    kind: Literal["mse", "mae", "huber"] = "mse"
+    delta: Annotated[float, Field(gt=0)] = 1.0
+    """huber: half the square up to here, linear beyond."""
+    variables: dict[str, Weight] = {}
+    """Weights of variables among each other; 1 for one that is not named."""
+    levels: dict[float, Weight] = {}
+    """Weights of levels, times that of the variable."""
+    spectral: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a second term: squared differences of the amplitudes of all waves along each latitude."""
+
+
 class Trainer(_Block):
     """How to train."""
 
@@ -150,6 +168,7 @@ class Trainer(_Block):
     seed: int = 0
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Parts of a batch that are computed one after another, to save memory: the same numbers."""
+    loss: Loss = Loss()
     rollout: Annotated[int, Field(ge=1)] = 1
     """Steps that are forecast from each sample, each from what the one before made; the loss is their mean."""
     rollout_detach: bool = False
@@ -202,6 +221,14 @@ class Config(_Block):
     def _fits(self) -> Config:
         if self.forecast.lead_hours % self.data.step_hours:
             raise ValueError(f"forecast.lead {self.forecast.lead_hours} h is not a multiple of data.step")
+        loss = self.trainer.loss
+        for name, given, known in (
+            ("variables", loss.variables, self.data.variables),
+            ("levels", loss.levels, self.data.levels),
+        ):
+            unknown = [key for key in given if key not in known]
+            if unknown:
+                raise ValueError(f"trainer.loss.{name}: {unknown[0]} is not among data.{name}: {known}")
         return self
 
     @property

@@ -45,6 +45,15 @@ def test_there_are_configs() -> None:
         ("data.test", ["2020-01-03", "2020-01-11"], "data: train and test share times"),
         ("model.width", 6, "model: groups 2 does not divide width 6"),
         ("model.name", "unett", "model.name: must be one of unet, transformer, got 'unett'"),
+        ("trainer.loss.kind", "rmse", "trainer.loss.kind: input should be 'mse', 'mae' or 'huber', got 'rmse'"),
+        ("trainer.loss.weights", {}, "unknown key trainer.loss.weights; known keys: kind, delta, variables, levels"),
+        (
+            "trainer.loss.variables",
+            {"z": 2},
+            "config: trainer.loss.variables: z is not among data.variables: ['a', 'b']",
+        ),
+        ("trainer.loss.levels", {500: 2}, "config: trainer.loss.levels: 500.0 is not among data.levels: []"),
+        ("trainer.loss.variables", {"a": -1}, "trainer.loss.variables.a: input should be greater than or equal to 0"),
         ("forecast.lead", "7h", "config: forecast.lead 7 h is not a multiple of data.step"),
     ],
 )

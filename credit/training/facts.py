@@ -10,7 +10,7 @@ from credit.errors import CheckpointError
 DATA = ("variables", "levels", "statics", "forcings", "step", "train")
 TRAINER = (
     *("batch_size", "seed", "epochs", "learning_rate", "warmup_steps", "weight_decay", "clip"),
-    *("dtype", "ema", "init_from", "rollout", "rollout_detach"),
+    *("dtype", "ema", "init_from", "loss", "rollout", "rollout_detach"),
 )
 
 

@@ -29,7 +29,7 @@ from credit.parallel.parallelize import reduce_gradients
 from credit.status import write_status
 from credit.training.facts import refuse_other_run, run_facts
 from credit.training.log import StepLog
-from credit.training.loss import LatitudeWeightedMSE
+from credit.training.loss import LatitudeWeightedLoss
 from credit.training.rollout import changes
 from credit.training.setup import open_store, prepare_model
 
@@ -84,7 +84,7 @@ class TrainingRun:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=self.trainer.learning_rate, weight_decay=self.trainer.weight_decay
         )
-        self.loss = LatitudeWeightedMSE(store.grid, rows).to(job.device)
+        self.loss = LatitudeWeightedLoss(self.trainer.loss, store.grid, rows, self.fields.predicted).to(job.device)
         self.increment_std = self.fields.increment_std.to(job.device, self.dtype)
         self.ema = EMA(self.model, self.trainer.ema) if self.trainer.ema is not None else None
         self.steps_per_epoch = self.samplers["train"].batches
