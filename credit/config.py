@@ -61,7 +61,7 @@ class Data(_Block):
     train: Period
     valid: Period
     test: Period
-    """Periods [from, to): a sample belongs to the period that holds both its times."""
+    """Periods [from, to): a sample belongs to the period that holds all its times."""
     gaps: Literal["refuse", "skip"] = "refuse"
     """Times whose successor one step later is missing: refuse the store, or skip those times."""
     stats: str | None = None
@@ -273,6 +273,24 @@ class Parallelism(_Block):
     domain: Annotated[int, Field(ge=1, strict=True)] = 1
 
 
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Loss(_Block):
+    """What is minimised: the mean over samples, steps, channels and the area of the globe of an error in units of
+    one step's root mean square change."""
+
+    kind: Literal["mse", "mae", "huber"] = "mse"
+    delta: Annotated[float, Field(gt=0)] = 1.0
+    """huber: half the square up to here, linear beyond."""
+    variables: dict[str, Weight] = {}
+    """Weights of variables among each other; 1 for one that is not named."""
+    levels: dict[float, Weight] = {}
+    """Weights of levels, times that of the variable."""
+    spectral: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a second term: squared differences of the amplitudes of all waves along each latitude."""
+
+
 class Trainer(_Block):
     """How to train."""
 
@@ -290,6 +308,11 @@ class Trainer(_Block):
     seed: int = 0
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Parts of a batch that are computed one after another, to save memory: the same numbers."""
+    loss: Loss = Loss()
+    rollout: Annotated[int, Field(ge=1)] = 1
+    """Steps that are forecast from each sample, each from what the one before made; the loss is their mean."""
+    rollout_detach: bool = False
+    """No gradient from a step to the one before: each learns to mend what it is given, and memory is that of one."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, which validation and forecasts then use."""
     activation_checkpointing: bool = False
@@ -341,6 +364,14 @@ class Config(_Block):
         levels = len(self.data.levels)
         if isinstance(self.model, Pangu) and levels and self.model.levels != levels:
             raise ValueError(f"model.levels is {self.model.levels}, and data.levels names {levels}")
+        loss = self.trainer.loss
+        for name, given, known in (
+            ("variables", loss.variables, self.data.variables),
+            ("levels", loss.levels, self.data.levels),
+        ):
+            unknown = [key for key in given if key not in known]
+            if unknown:
+                raise ValueError(f"trainer.loss.{name}: {unknown[0]} is not among data.{name}: {known}")
         return self
 
     @property

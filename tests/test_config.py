@@ -47,7 +47,7 @@ def test_there_are_configs() -> None:
         (
             "model.name",
             "unett",
-            "model.name: must be one of unet, unet_diffusion, transformer, wxformer, pangu, or the dotted path of a class, got",
+            "model.name: must be one of unet, unet_diffusion, transformer, wxformer, pangu, or",
         ),
         ("model", {"name": "wxformer", "width": 8}, "unknown key model.width; did you mean 'widths'?"),
         ("model", {"name": "wxformer", "depths": [1]}, "model: depths has 1 entries, and widths has 4"),
@@ -60,8 +60,17 @@ def test_there_are_configs() -> None:
         (
             "model",
             "unet",
-            "model.name: must be one of unet, unet_diffusion, transformer, wxformer, pangu, or the dotted path",
+            "model.name: must be one of unet, unet_diffusion, transformer, wxformer, pangu, or",
         ),
+        ("trainer.loss.kind", "rmse", "trainer.loss.kind: input should be 'mse', 'mae' or 'huber', got 'rmse'"),
+        ("trainer.loss.weights", {}, "unknown key trainer.loss.weights; known keys: kind, delta, variables, levels"),
+        (
+            "trainer.loss.variables",
+            {"z": 2},
+            "config: trainer.loss.variables: z is not among data.variables: ['a', 'b']",
+        ),
+        ("trainer.loss.levels", {500: 2}, "config: trainer.loss.levels: 500.0 is not among data.levels: []"),
+        ("trainer.loss.variables", {"a": -1}, "trainer.loss.variables.a: input should be greater than or equal to 0"),
         ("forecast.lead", "7h", "config: forecast.lead 7 h is not a multiple of data.step"),
     ],
 )
