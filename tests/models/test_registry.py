@@ -109,7 +109,9 @@ def test_arguments_are_part_of_the_config(own) -> None:
 
 
 def test_the_packages_own_models_take_what_their_blocks_say() -> None:
-    blocks = [{"name": name} for name in MODELS] + [{"name": "wxformer", "spectral_norm": True}]
+    needed = {"pangu": {"upper": 1, "levels": 2}}
+    blocks = [{"name": name, **needed.get(name, {})} for name in MODELS]
+    blocks += [{"name": "wxformer", "spectral_norm": True}]
     for block in blocks:
         raw = conf(Path("run"), Path("s.zarr")) | {"model": block}
         with torch.device("meta"):
