@@ -115,5 +115,5 @@ def test_the_packages_own_models_take_what_their_blocks_say() -> None:
     for block in blocks:
         raw = conf(Path("run"), Path("s.zarr")) | {"model": block}
         with torch.device("meta"):
-            model = build_model(parse_config(raw).model, 5, 2, (64, 128))
+            model = build_model(parse_config(raw).model, 5, 2, (96, 192))
         assert type(model) is MODELS[block["name"]]
