@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from credit.errors import ConfigError
 
@@ -20,6 +29,7 @@ class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Count = Annotated[int, Field(ge=1)]
 Period = tuple[datetime, datetime]
 
 
@@ -51,7 +61,7 @@ class Data(_Block):
     train: Period
     valid: Period
     test: Period
-    """Periods [from, to): a sample belongs to the period that holds both its times."""
+    """Periods [from, to): a sample belongs to the period that holds all its times."""
     gaps: Literal["refuse", "skip"] = "refuse"
     """Times whose successor one step later is missing: refuse the store, or skip those times."""
     stats: str | None = None
@@ -122,7 +132,137 @@ class Transformer(_Block):
         return self
 
 
-Model = Annotated[UNet | Transformer, Field(discriminator="name")]
+class WXFormer(_Block):
+    """`credit.models.wxformer.WXFormer`. Lists have an entry for each stage of the encoder."""
+
+    name: Literal["wxformer"]
+    widths: Annotated[list[Count], Field(min_length=1)] = [64, 128, 256, 512]
+    """Channels of the stages; `head_width` and `groups` must divide them."""
+    depths: list[Count] = [2, 2, 8, 2]
+    """Pairs of short- and long-distance attention."""
+    kernels: list[Annotated[list[Count], Field(min_length=1)]] = [[4, 8, 16, 32], [2, 4], [2, 4], [2, 4]]
+    """Sizes of the parallel convolutions that begin a stage: its stride, or more by an even number."""
+    strides: list[Count] = [2, 2, 2, 2]
+    """How many times coarser a stage is than the one before."""
+    local_window: Count = 6
+    """Rows and columns of a window of short-distance attention."""
+    global_windows: list[Count] = [6, 6, 3, 3]
+    """Rows and columns of points of long-distance attention; they lie as far apart as there are windows."""
+    head_width: Count = 32
+    """Channels of a head of attention; `trainer.parallelism.tensor` must divide the heads of every stage."""
+    ratio: Count = 4
+    """Width of the feed-forward networks over that of the stage."""
+    decoder: Literal["transposed", "pixel_shuffle"] = "transposed"
+    """How it gets back to finer grids: transposed convolutions, or pixel shuffle."""
+    groups: Count = 8
+    """Groups of GroupNorm in the decoder."""
+    padding: Annotated[int, Field(ge=0)] = 0
+    """Rows and columns added on each side at least, across the poles and around the globe; more are, until the
+    strides and windows of all stages fit."""
+    spectral_norm: bool = False
+    """Divide weights by their largest singular value: steadier long forecasts."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> WXFormer:
+        for name in ("depths", "kernels", "strides", "global_windows"):
+            if len(getattr(self, name)) != len(self.widths):
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries, and widths has {len(self.widths)}")
+        for width, kernels, stride in zip(self.widths, self.kernels, self.strides, strict=True):
+            for name in ("head_width", "groups"):
+                if width % getattr(self, name):
+                    raise ValueError(f"{name} {getattr(self, name)} does not divide width {width}")
+            if any(kernel < stride or (kernel - stride) % 2 for kernel in kernels):
+                raise ValueError(f"kernels {kernels} must be their stride of {stride}, or more by an even number")
+            if width >> (len(kernels) - 1) < 1:
+                raise ValueError(f"width {width} cannot be halved for each of kernels {kernels}")
+        return self
+
+
+class DiffusionUNet(UNet):
+    """`credit.models.unet_diffusion.DiffusionUNet`."""
+
+    name: Literal["unet_diffusion"]  # type: ignore[assignment]
+    width: Annotated[int, Field(ge=2, multiple_of=2)] = 32
+    heads: Annotated[int, Field(ge=0)] = 4
+    """Heads of attention between all points of the coarsest grid; 0 for none."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> DiffusionUNet:
+        if self.heads and self.width * 2**self.levels % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width x 2^levels, {self.width * 2**self.levels}")
+        return self
+
+
+_Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+
+
+class Pangu(_Block):
+    """`credit.models.pangu.Pangu`."""
+
+    name: Literal["pangu"]
+    upper: Annotated[int, Field(ge=1)]
+    """Variables on levels: the first of `data.variables`. The others, and what is given, are the surface."""
+    levels: Annotated[int, Field(ge=1)]
+    """Levels of each: as many as `data.levels`, from the ground up."""
+    width: Annotated[int, Field(ge=1)] = 192
+    """Channels of a point."""
+    depth: Annotated[int, Field(ge=0)] = 2
+    """Blocks on the grid of the points, before it is halved and again after."""
+    coarse_depth: Annotated[int, Field(ge=0)] = 12
+    """Blocks on the halved grid, twice as wide; 0 to leave the grid as it is."""
+    heads: Annotated[int, Field(ge=1)] = 6
+    """Heads of attention; must divide `width`, and `trainer.parallelism.tensor` must divide them."""
+    window: _Size = (2, 6, 12)
+    """Levels, latitudes and longitudes of an attention window, in points."""
+    patch: _Size = (2, 4, 4)
+    """Levels, latitudes and longitudes of the cube that is a point."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Pangu:
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        return self
+
+
+class Custom(BaseModel):
+    """A class of the user's own: `name` is its dotted path, all other keys are arguments of its constructor.
+
+    It is called as `Class(in_channels, out_channels, grid, **keys)`, and maps (batch, in_channels, latitude,
+    longitude) to (batch, out_channels, latitude, longitude).
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+
+MODELS: dict[str, type[_Block]] = {
+    "unet": UNet,
+    "unet_diffusion": DiffusionUNet,
+    "transformer": Transformer,
+    "wxformer": WXFormer,
+    "pangu": Pangu,
+}
+"""The blocks of the package's own models, by name."""
+
+
+def _kind(block: Any) -> str | None:
+    """The tag of a `model` block, by its name."""
+    name = block.get("name") if isinstance(block, dict) else getattr(block, "name", None)
+    if not isinstance(name, str):
+        return None
+    return "custom" if "." in name else name if name in MODELS else None
+
+
+Model = Annotated[
+    Annotated[UNet, Tag("unet")]
+    | Annotated[DiffusionUNet, Tag("unet_diffusion")]
+    | Annotated[Transformer, Tag("transformer")]
+    | Annotated[WXFormer, Tag("wxformer")]
+    | Annotated[Pangu, Tag("pangu")]
+    | Annotated[Custom, Tag("custom")],
+    Discriminator(_kind),
+]
 
 
 class Parallelism(_Block):
@@ -131,6 +271,24 @@ class Parallelism(_Block):
     data: Literal["fsdp2", "ddp", "none"] = "none"
     tensor: Annotated[int, Field(ge=1, strict=True)] = 1
     domain: Annotated[int, Field(ge=1, strict=True)] = 1
+
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Loss(_Block):
+    """What is minimised: the mean over samples, steps, channels and the area of the globe of an error in units of
+    one step's root mean square change."""
+
+    kind: Literal["mse", "mae", "huber"] = "mse"
+    delta: Annotated[float, Field(gt=0)] = 1.0
+    """huber: half the square up to here, linear beyond."""
+    variables: dict[str, Weight] = {}
+    """Weights of variables among each other; 1 for one that is not named."""
+    levels: dict[float, Weight] = {}
+    """Weights of levels, times that of the variable."""
+    spectral: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a second term: squared differences of the amplitudes of all waves along each latitude."""
 
 
 class Trainer(_Block):
@@ -150,6 +308,11 @@ class Trainer(_Block):
     seed: int = 0
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Parts of a batch that are computed one after another, to save memory: the same numbers."""
+    loss: Loss = Loss()
+    rollout: Annotated[int, Field(ge=1)] = 1
+    """Steps that are forecast from each sample, each from what the one before made; the loss is their mean."""
+    rollout_detach: bool = False
+    """No gradient from a step to the one before: each learns to mend what it is given, and memory is that of one."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, which validation and forecasts then use."""
     activation_checkpointing: bool = False
@@ -198,6 +361,17 @@ class Config(_Block):
     def _fits(self) -> Config:
         if self.forecast.lead_hours % self.data.step_hours:
             raise ValueError(f"forecast.lead {self.forecast.lead_hours} h is not a multiple of data.step")
+        levels = len(self.data.levels)
+        if isinstance(self.model, Pangu) and levels and self.model.levels != levels:
+            raise ValueError(f"model.levels is {self.model.levels}, and data.levels names {levels}")
+        loss = self.trainer.loss
+        for name, given, known in (
+            ("variables", loss.variables, self.data.variables),
+            ("levels", loss.levels, self.data.levels),
+        ):
+            unknown = [key for key in given if key not in known]
+            if unknown:
+                raise ValueError(f"trainer.loss.{name}: {unknown[0]} is not among data.{name}: {known}")
         return self
 
     @property
@@ -261,8 +435,8 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
         raise ConfigError(f"{origin}: " + "; ".join(found), found) from None
 
 
-_TAGS: dict[Any, Any] = {"unet": UNet, "transformer": Transformer}
-"""The kinds of model by name, which pydantic puts into the place of an error."""
+_TAGS: dict[Any, Any] = {**MODELS, "custom": Custom}
+"""The kinds of model, which pydantic puts into the place of an error."""
 
 
 def _explain(error: Any) -> str:
@@ -273,7 +447,9 @@ def _explain(error: Any) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {where}; {hint}"
     if error["type"].startswith("union_tag"):
-        return f"{where}.name: must be one of {', '.join(_TAGS)}, got {error['input'].get('name')!r}"
+        given = error["input"]
+        got = given.get("name") if isinstance(given, dict) else given
+        return f"{where}.name: must be one of {', '.join(MODELS)}, or the dotted path of a class, got {got!r}"
     if error["type"] == "missing":
         return f"{where} is missing"
     message = error["msg"].removeprefix("Value error, ")

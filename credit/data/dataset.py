@@ -42,11 +42,14 @@ class Fields:
         )
         return torch.from_numpy(((fields - self._mean) / self._std).astype(np.float32))
 
+    def forcings(self, times: np.ndarray) -> Tensor:
+        """Normalised forcings at `times`: float32, (time, forcing, row, longitude)."""
+        names = self.config.data.forcings
+        return torch.from_numpy(self._scaled(forcing_fields(self.store, names, times, self.rows), names))
+
     def given(self, times: np.ndarray) -> Tensor:
         """Normalised forcings at `times`, and statics: float32, (time, forcing + static, row, longitude)."""
-        names = self.config.data.forcings
-        forcings = self._scaled(forcing_fields(self.store, names, times, self.rows), names)
-        return torch.cat([torch.from_numpy(forcings), self._statics.expand(len(times), -1, -1, -1)], dim=1)
+        return torch.cat([self.forcings(times), self._statics.expand(len(times), -1, -1, -1)], dim=1)
 
     def physical(self, state: Tensor) -> np.ndarray:
         """A normalised state in its own units: float32, (..., channel, row, longitude)."""
@@ -61,16 +64,19 @@ class Fields:
 
 
 class StepDataset(Dataset):
-    """Samples (x, y): the inputs at a start, and the change to one step later in units of `increment_std`.
+    """Samples: the inputs at a start, and the change from there to each of the next `trainer.rollout` steps.
 
-    A batch is a dictionary of `x` (batch, input channel, row, longitude), `y` (batch, predicted channel, row,
-    longitude), `weight` (batch,), `sample` (batch,) and `time` (batch,), seconds since 1970 of the start.
+    A batch is a dictionary of `x` (batch, input channel, row, longitude); `y` (batch, step, predicted channel, row,
+    longitude), in units of `increment_std`; `forcings` (batch, step - 1, forcing, row, longitude), at the steps after
+    the first, if there are any; `weight` (batch,), `sample` (batch,) and `time` (batch,), seconds since 1970 of the
+    start.
     """
 
     def __init__(self, fields: Fields, period: str) -> None:
         data, store = fields.config.data, fields.store
         self.fields = fields
-        self.starts = store.starts(getattr(data, period), data.step_hours, 1, data.gaps)
+        self.steps = fields.config.trainer.rollout
+        self.starts = store.starts(getattr(data, period), data.step_hours, self.steps, data.gaps)
         self._step = np.timedelta64(data.step_hours, "h")
 
     def __len__(self) -> int:
@@ -79,12 +85,18 @@ class StepDataset(Dataset):
     def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
         starts = self.starts[[draw.sample for draw in draws]]
         times = self.fields.store.times[starts]
-        after = self.fields.store.indices(times + self._step)
+        ahead = times[:, None] + self._step * np.arange(1, self.steps + 1)
+        after = self.fields.store.indices(ahead.ravel())
         both = self.fields.state([*starts.tolist(), *after])
-        now, later = both[: len(draws)], both[len(draws) :]
+        now, later = both[: len(draws)], both[len(draws) :].unflatten(0, ahead.shape)
+        further = {}
+        if self.steps > 1:
+            forcings = self.fields.forcings(ahead[:, :-1].ravel())
+            further["forcings"] = forcings.unflatten(0, (len(draws), self.steps - 1))
         return {
             "x": torch.cat([now, self.fields.given(times)], dim=1),
-            "y": (later - now) / self.fields.increment_std,
+            "y": (later - now[:, None]) / self.fields.increment_std,
+            **further,
             "weight": torch.tensor([draw.weight for draw in draws]),
             "sample": torch.tensor([draw.sample for draw in draws]),
             "time": torch.from_numpy(times.astype("datetime64[s]").astype(np.int64)),

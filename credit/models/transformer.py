@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from credit.models.attention import WindowAttention
+from credit.models.sphere import PeriodicConv2d
 from credit.models.unet import UpBlock
-from credit.models.unet_diffusion import PeriodicConv2d
 
 
 class ChannelNorm(nn.LayerNorm):

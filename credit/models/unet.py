@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from credit.models.unet_diffusion import PeriodicConv2d
+from credit.models.sphere import PeriodicConv2d
 
 
 class ResidualBlock(nn.Module):

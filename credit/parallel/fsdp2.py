@@ -83,7 +83,25 @@ def recompute_activations(blocks: Sequence[nn.Module]) -> None:
 
 class _Recomputed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+        contexts = (nullcontext(), _Buffers(self))
+        return checkpoint(super().forward, *args, use_reentrant=False, context_fn=lambda: contexts, **kwargs)
+
+
+class _Buffers:
+    """Context: the buffers of `module` are copies of what they are now. Some are changed by a forward (spectral norm's
+    vectors, running means): a second one then starts from what the first did, and leaves no trace."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+
+    def __enter__(self) -> None:
+        self.now = [buffer.data for buffer, _ in self.values]
+        for buffer, value in self.values:
+            buffer.data = value.clone()
+
+    def __exit__(self, *error: Any) -> None:
+        for (buffer, _), value in zip(self.values, self.now, strict=True):
+            buffer.data = value
 
 
 def apply_ddp(model: nn.Module, dp_mesh: DeviceMesh) -> nn.Module:

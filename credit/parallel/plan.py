@@ -144,8 +144,8 @@ class Planner:
         build: makes the plain model for a number of latitudes.
         field: (channels, latitudes, longitudes) of the input, the whole globe. Latitudes are rounded up to a multiple
             of the domain: the cost is that of the rank with most rows.
-        conf: the whole config; of `trainer`: parallelism.data, amp, dtype, batch_size, accumulate,
-            activation_checkpointing, shard_over and reshard_after_forward count.
+        conf: the whole config; of `trainer`: parallelism.data, amp, dtype, batch_size, accumulate, rollout,
+            rollout_detach, activation_checkpointing, shard_over and reshard_after_forward count.
         custom_converters: for `convert_to_domain_parallel`.
     """
 
@@ -158,6 +158,9 @@ class Planner:
     ) -> None:
         self.build, self.field, self.converters = build, field, custom_converters
         self.trainer: dict[str, Any] = conf["trainer"]
+        steps = self.trainer.get("rollout", 1)
+        self.together = 1 if self.trainer.get("rollout_detach") else steps  # steps of a rollout that one backward joins
+        self.forwards = self.trainer.get("accumulate", 1) * steps
         self._simulated: dict[tuple[int, int, int, bool], _Simulated] = {}
 
     def cost(self, shape: MeshShape) -> StepCost:
@@ -183,15 +186,17 @@ class Planner:
             self._simulated[key] = self._simulate(*key)
         found = self._simulated[key]
         weights, domain, tensor = found.weights, found.domain, found.tensor
+        passes = self.forwards // self.together
         return StepCost(
             parameters=weights.stored // sharded,
             optimizer=ADAMW_STATES * weights.stored // sharded,
             step=found.peak + weights.beside_step(sharded, reduced, data),
-            domain=accumulate * (domain.bytes + _ring(domain.collective_bytes, shape.domain)),
-            tensor=accumulate * _ring(tensor.collective_bytes, shape.tp),
-            data=weights.sent(sharded, reduced, accumulate, self.trainer),
-            collectives=accumulate * (domain.collectives + tensor.collectives) + weights.collectives(sharded, reduced),
-            messages=accumulate * domain.messages,
+            domain=passes * (domain.bytes + _ring(domain.collective_bytes, shape.domain)),
+            tensor=passes * _ring(tensor.collective_bytes, shape.tp),
+            data=weights.sent(sharded, reduced, self.forwards),
+            collectives=passes * (domain.collectives + tensor.collectives)
+            + weights.collectives(sharded, reduced, self.forwards),
+            messages=passes * domain.messages,
         )
 
     def _simulate(self, tp: int, domain: int, samples: int, sharded: bool) -> _Simulated:
@@ -212,17 +217,21 @@ class Planner:
         model.to(dtype)
         x = torch.zeros(samples, channels, rows, longitudes, dtype=dtype, device="meta")
         with _gradients_leave(model) if sharded else nullcontext():
-            peak = _peak(model, x) + 2 * x.nbytes  # the input, and the target
+            peak = _peak(model, x, self.together) + (1 + trainer.get("rollout", 1)) * x.nbytes  # the input, and targets
         return _Simulated(peak, _Weights(model, blocks, trainer), manager.traffic, channel_group.counted)
 
 
-def _peak(model: nn.Module, x: Tensor) -> int:
-    """Bytes alive at the worst moment of a forward and backward, without the parameters and the input."""
+def _peak(model: nn.Module, x: Tensor, steps: int) -> int:
+    """Bytes alive at the worst moment of a rollout and its backward, without the parameters and the input."""
     live = LiveBytes()
     live.ignore([*model.parameters(), *model.buffers(), x])
     with live:
         y = model(x)
-        y.square().mean().backward()
+        loss = y.square().mean()
+        for _ in range(1, steps):
+            y = y + model(torch.cat([x[:, : y.shape[1]] + y, x[:, y.shape[1] :]], dim=1))
+            loss = loss + y.square().mean()
+        loss.backward()
     return live.peak
 
 
@@ -245,6 +254,7 @@ class _Weights:
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], trainer: dict) -> None:
         stored = torch.empty((), dtype=getattr(torch, trainer.get("dtype", "float32"))).itemsize
+        self.again = trainer.get("reshard_after_forward", True)
         self.computed = 2 if trainer.get("amp") == "bf16" else stored
         counted: set[nn.Parameter] = set()
         numbers = []
@@ -262,19 +272,20 @@ class _Weights:
             return self.stored // sharded + self.computed * (sum(self.groups[-1:]) + max(self.groups))
         return self.stored if data == "ddp" and reduced > 1 else 0
 
-    def sent(self, sharded: int, reduced: int, accumulate: int, trainer: dict) -> int:
+    def sent(self, sharded: int, reduced: int, forwards: int) -> int:
         """Bytes for parameters and gradients.
 
-        Gradients once around; where they are sharded each block is gathered before its forward and, having been
-        dropped, before its backward, the rest once, and each gradient is scattered.
+        Gradients once around; where they are sharded each block is gathered before each forward and, having been
+        dropped, before its backward, the rest once for both, and each gradient is scattered once.
         """
         if sharded == 1:
             return _ring(self.stored, reduced)
-        again = self.computed * sum(self.groups[:-1]) if trainer.get("reshard_after_forward", True) else 0
-        inside = (accumulate * (self.wire + again) + self.stored) * (sharded - 1) // sharded
+        again = self.computed * sum(self.groups[:-1]) if self.again else 0
+        inside = (forwards * (self.wire + again) + self.stored) * (sharded - 1) // sharded
         return inside + _ring(self.stored // sharded, reduced // sharded)
 
-    def collectives(self, sharded: int, reduced: int) -> int:
+    def collectives(self, sharded: int, reduced: int, forwards: int) -> int:
         if sharded > 1:
-            return 3 * len(self.groups) - 1
+            groups = len(self.groups)
+            return forwards * (2 * groups - 1 if self.again else groups) + groups
         return int(reduced > 1)

@@ -48,11 +48,11 @@ def check_parity(job: Job) -> ParityReport:
         job.manager,
         custom_converters=DOMAIN_CONVERTERS,
         seed=config.trainer.seed,
-        cut=_Channels(job.mesh["tp"]) if job.mesh is not None and job.shape.tp > 1 else None,
+        cut=CutChannels(job.mesh["tp"]) if job.mesh is not None and job.shape.tp > 1 else None,
     )
 
 
-class _Channels:
+class CutChannels:
     """For `verify_parity`: tensor parallelism."""
 
     def __init__(self, mesh: DeviceMesh) -> None:

@@ -27,7 +27,7 @@ def dry_run(config: Config, world_size: int | None) -> str:
     else:
         store = FieldStore(path)
         load_fields_statistics(config, store)
-        samples = len(store.starts(config.data.train, config.data.step_hours, 1, config.data.gaps))
+        samples = len(store.starts(config.data.train, config.data.step_hours, config.trainer.rollout, config.data.gaps))
         lines.append(f"data: {path}, {store.grid.shape[0]} x {store.grid.shape[1]}, {samples} training samples")
         rows = Partition(store.grid.shape[0], shape.domain)
     lines.append("rank    dp    tp  domain  latitude rows")

@@ -19,9 +19,9 @@ from credit.errors import CheckpointError
 from credit.launch.job import Job
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
 from credit.parallel.collectives import together, wait_for_all
+from credit.training.facts import refuse_other_run, run_facts
 from credit.training.log import Progress
 from credit.training.setup import open_store, prepare_model
-from credit.training.train import refuse_other_run, run_facts
 
 HOUR = np.timedelta64(1, "h")
 

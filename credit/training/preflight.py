@@ -56,8 +56,9 @@ def _data(config: Config) -> Iterator[Finding]:
     except CreditError as error:
         yield Finding("error", "data.stats", str(error), "credit data stats CONFIG")
     for period in ("train", "valid", "test"):
+        steps = 1 if period == "test" else config.trainer.rollout
         try:
-            samples = len(store.starts(getattr(data, period), data.step_hours, 1, data.gaps))
+            samples = len(store.starts(getattr(data, period), data.step_hours, steps, data.gaps))
         except CreditError as error:
             yield Finding("error", f"data.{period}", str(error))
             continue
@@ -113,7 +114,7 @@ def _model(config: Config, ranks: int | None) -> Iterator[Finding]:
     try:
         with torch.device("meta"):
             model = build_model(config.model, inputs, outputs, grid)
-    except ValueError as error:
+    except (ConfigError, ValueError) as error:
         yield Finding("error", "model", str(error))
         return
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -7,16 +7,17 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from credit.config import Config, Trainer
+from credit.config import Trainer
 from credit.data.dataset import Fields, StepDataset
 from credit.data.sampler import DataParallelSampler
-from credit.errors import CheckpointError, ConfigError, CreditError, Stopped
+from credit.errors import ConfigError, CreditError, Stopped
 from credit.launch.contract import enforce_sampler_contract
 from credit.launch.job import Job
 from credit.launch.stop import StopRequest
@@ -26,9 +27,14 @@ from credit.parallel.ema import EMA
 from credit.parallel.fsdp2 import synchronize_gradients
 from credit.parallel.parallelize import reduce_gradients
 from credit.status import claimed, write_status
+from credit.training.facts import refuse_other_run, run_facts
 from credit.training.log import StepLog
-from credit.training.loss import LatitudeWeightedMSE
+from credit.training.loss import LatitudeWeightedLoss
+from credit.training.rollout import changes
 from credit.training.setup import open_store, prepare_model
+
+FIELDS = ("x", "y", "forcings")
+"""Entries of a batch that are computed with."""
 
 
 def learning_rate(step: int, steps: int, trainer: Trainer) -> float:
@@ -78,7 +84,8 @@ class TrainingRun:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=self.trainer.learning_rate, weight_decay=self.trainer.weight_decay
         )
-        self.loss = LatitudeWeightedMSE(store.grid, rows).to(job.device)
+        self.loss = LatitudeWeightedLoss(self.trainer.loss, store.grid, rows, self.fields.predicted).to(job.device)
+        self.increment_std = self.fields.increment_std.to(job.device, self.dtype)
         self.ema = EMA(self.model, self.trainer.ema) if self.trainer.ema is not None else None
         self.steps_per_epoch = self.samplers["train"].batches
         self.steps = self.trainer.epochs * self.steps_per_epoch
@@ -105,26 +112,19 @@ class TrainingRun:
         with torch.autocast(self.job.device.type, torch.bfloat16, enabled=autocast):
             return self.model(x)
 
-    def share_of_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """This rank's share of the sum of the batch's losses."""
+    def shares_of_loss(self, batch: dict[str, Tensor]) -> Iterator[Tensor]:
+        """This rank's share of the sum of the samples' losses: of each step of the rollout its part in the mean."""
         batch = {name: value.to(self.job.device, non_blocking=True) for name, value in batch.items()}
-        prediction = self.predict(batch["x"].to(self.dtype))
-        return self.loss(prediction, batch["y"].to(self.dtype), batch["weight"])
+        fields = {name: value.to(self.dtype) for name, value in batch.items() if name in FIELDS}
+        steps = changes(self.predict, fields, self.increment_std, self.trainer.rollout_detach)
+        for change, target in zip(steps, fields["y"].unbind(1), strict=True):
+            yield self.loss(change, target, batch["weight"]) / self.trainer.rollout
 
     def train_step(self, batch: dict[str, Tensor], step: int) -> tuple[float, float, float]:
         """One optimiser step; (global mean loss, gradient norm, learning rate)."""
         # Random numbers are a function of the step, so that a resumed run draws what an uninterrupted one does.
         torch.manual_seed(hash((self.trainer.seed, step, self.job.coords.dp)) % 2**63)
-        ranks = self.job.gradient_mesh.size() if self.job.gradient_mesh is not None else 1
-        share = torch.zeros((), dtype=torch.float64, device=self.job.device)
-        parts = self.trainer.accumulate
-        for part in range(parts):
-            with synchronize_gradients(self.model, last=part == parts - 1):
-                size = len(batch["weight"]) // parts
-                piece = {name: value[part * size : (part + 1) * size] for name, value in batch.items()}
-                loss = self.share_of_loss(piece) / self.trainer.batch_size
-                (loss * ranks).backward()  # averaged over `ranks`, the gradients are those of the global mean
-            share += loss.detach()
+        share = self._backward(batch)
         reduce_gradients(self.model, self.job.mesh, self.conf)
         norm = clip_grad_norm_(self.model.parameters(), self.trainer.clip)
         rate = learning_rate(step, self.steps, self.trainer)
@@ -135,6 +135,26 @@ class TrainingRun:
         if self.ema is not None:
             self.ema.update()
         return float(self.sum_of_shares(share)), float(norm), rate
+
+    def _backward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Gradients on this rank, one part of the batch after another; its share of the mean loss.
+
+        Steps of a rollout that are detached have a backward each, so that one is kept in memory at a time.
+        """
+        ranks = self.job.gradient_mesh.size() if self.job.gradient_mesh is not None else 1
+        share = torch.zeros((), dtype=torch.float64, device=self.job.device)
+        at_once = 1 if self.trainer.rollout_detach else self.trainer.rollout
+        parts, stages = self.trainer.accumulate, self.trainer.rollout // at_once
+        for part in range(parts):
+            size = len(batch["weight"]) // parts
+            piece = {name: value[part * size : (part + 1) * size] for name, value in batch.items()}
+            losses = self.shares_of_loss(piece)
+            for stage in range(stages):
+                with synchronize_gradients(self.model, last=(part, stage) == (parts - 1, stages - 1)):
+                    loss = torch.stack(list(islice(losses, at_once))).sum() / self.trainer.batch_size
+                    (loss * ranks).backward()  # averaged over `ranks`, the gradients are those of the global mean
+                share += loss.detach()
+        return share
 
     def sum_of_shares(self, share: Tensor) -> Tensor:
         """The sum over all samples and rows; tensor-parallel peers have the same share."""
@@ -148,7 +168,7 @@ class TrainingRun:
         with self.ema.in_place_of_weights() if self.ema is not None else nullcontext():
             for batch in agreed(self.loaders["valid"], self.job.device):
                 assert batch is not None
-                total += self.share_of_loss(batch).double()
+                total += torch.stack(list(self.shares_of_loss(batch))).sum().double()
         self.model.train()
         return float(self.sum_of_shares(total)) / self.samplers["valid"].samples
 
@@ -238,33 +258,6 @@ class TrainingRun:
 def _as_it_is(batch: Any) -> Any:
     """`StepDataset` reads whole batches: there is nothing to collate."""
     return batch
-
-
-def run_facts(config: Config) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be gone on with, or forecast from."""
-    conf = config.to_dict()
-    data = ("variables", "levels", "statics", "forcings", "step", "train")
-    trainer: tuple[str, ...] = ("batch_size", "seed", "epochs", "learning_rate", "warmup_steps", "weight_decay", "clip")
-    trainer += ("dtype", "ema", "init_from")
-    return {
-        "model": conf["model"],
-        "data": {key: conf["data"][key] for key in data},
-        "trainer": {key: conf["trainer"][key] for key in trainer},
-    }
-
-
-def refuse_other_run(stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise a CheckpointError that lists every key in which two `run_facts` differ."""
-    different = [
-        f"{block}.{key} was {stored[block].get(key)!r} and is {value!r}"
-        for block, values in wanted.items()
-        for key, value in values.items()
-        if stored[block].get(key) != value
-    ]
-    if different:
-        raise CheckpointError(
-            f"the run directory holds a run of another config: {'; '.join(different)}. Set `run` to a new directory"
-        )
 
 
 def agreed(

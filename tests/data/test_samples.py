@@ -109,14 +109,14 @@ def test_slabs_of_a_sample_are_the_cut_of_the_whole(config, in_memory) -> None:
         rows = Partition(13, 3).range(rank)
         slab = StepDataset(fields_on(config, rows, in_memory=in_memory), "train").__getitems__(draws)
         for name in ("x", "y"):
-            torch.testing.assert_close(slab[name], whole[name][:, :, rows.start : rows.stop], rtol=0, atol=0)
+            torch.testing.assert_close(slab[name], whole[name][..., rows.start : rows.stop, :], rtol=0, atol=0)
     assert whole["weight"].tolist() == [1, 1, 0]
 
 
 def test_a_sample_is_the_normalised_state_and_its_change(config) -> None:
     fields = fields_on(config, range(13))
     sample = StepDataset(fields, "train").__getitems__([Draw(2, 1.0)])
-    later = sample["x"][:, :2] + sample["y"] * fields.increment_std
+    later = sample["x"][:, :2] + sample["y"][:, 0] * fields.increment_std
     truth = dataset()
     np.testing.assert_allclose(fields.physical(later)[0, 1], truth.b.values[3], atol=1e-4)
     np.testing.assert_allclose(fields.physical(sample["x"][:, :2])[0, 0], truth.a.values[2], atol=1e-5)
