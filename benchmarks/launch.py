@@ -25,7 +25,7 @@ import torch.multiprocessing as mp
 
 from credit.config import load_config
 from credit.data.prepare import make_built_in
-from credit.launch.contract import Who, _Pass, refuse_broken_contract, refuse_incomplete
+from credit.launch.contract import Who, _Pass, checksum, refuse_broken_contract, refuse_incomplete
 from credit.launch.job import _agree, start_job
 from credit.launch.ranks import Claim
 from credit.launch.rendezvous import Arrival, _host, _visit, number
@@ -51,12 +51,12 @@ def on_ranks(rank: int, ranks: int, folder: str, steps: int) -> None:
         contract = seconds(lambda: run._enforce_contract(0))
         loader = run.loaders["train"]
         batch = next(iter(loader.loader))
-        first = seconds(lambda: loader._compare(batch, 0))
+        first = seconds(lambda: loader._compare(checksum(batch, loader.whole), 0))
         step, compare, flags = [], [], []
         for number in range(1, steps + 1):
             step.append(seconds(lambda: run.train_step(batch, 0)))
             dist.barrier()
-            compare.append(seconds(lambda number=number: loader._compare(batch, number)))
+            compare.append(seconds(lambda number=number: loader._compare(checksum(batch, loader.whole), number)))
             flags.append(seconds(lambda: all_sum(torch.zeros(2, dtype=torch.int32))))
         mine = (agree, contract, first, *(statistics.median(one) for one in (step, compare, flags)))
         agree, contract, first, each, compared, flagged = map(max, zip(*gather_objects(mine), strict=True))
