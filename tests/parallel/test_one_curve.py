@@ -25,7 +25,7 @@ from credit.parallel.parallelize import parallelize, reduce_gradients
 from credit.parallel.pieces import in_pieces, whole
 from tests.ranks import RankError
 
-CHANNELS, HEIGHT, WIDTH, BATCH, STEPS = 3, 19, 8, 8, 3
+CHANNELS, HEIGHT, WIDTH, BATCH, STEPS = 3, 19, 8, 8, 5
 TOLERANCE = 1e-8
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if shape[0] * shape[1] * shape[2] <= 8]
 MODES: dict[str, dict[str, Any]] = {
