@@ -71,6 +71,8 @@ def test_there_are_configs() -> None:
         ),
         ("trainer.loss.levels", {500: 2}, "config: trainer.loss.levels: 500.0 is not among data.levels: []"),
         ("trainer.loss.variables", {"a": -1}, "trainer.loss.variables.a: input should be greater than or equal to 0"),
+        ("model", {"name": "pangu", "upper": 1, "levels": 2, "width": 7}, "model: heads 6 does not divide width 7"),
+        ("model", {"name": "unet_diffusion", "heads": 3}, "model: heads 3 does not divide width x 2^levels, 128"),
         ("forecast.lead", "7h", "config: forecast.lead 7 h is not a multiple of data.step"),
     ],
 )
@@ -87,6 +89,12 @@ def test_what_is_wrong_is_named_with_its_place(raw, key, value, message) -> None
         parse_config(raw, "my.yaml")
     assert str(caught.value).startswith("my.yaml: ")
     assert message in str(caught.value)
+
+
+def test_levels_of_the_model_are_those_of_the_data(raw) -> None:
+    raw["data"]["levels"], raw["model"] = [1000, 500], {"name": "pangu", "upper": 1, "levels": 3}
+    with pytest.raises(ConfigError, match=r"model\.levels is 3, and data\.levels names 2"):
+        parse_config(raw)
 
 
 def test_a_missing_key_is_named(raw) -> None:

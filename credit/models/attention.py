@@ -28,7 +28,7 @@ class _Attention(nn.Module):
 
     def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(batch, ..., tokens, channels), with a bias of (... x heads, tokens, tokens): the same for all of a batch."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).movedim((-3, -2), (0, -3))
+        qkv = self.qkv(x).view(*x.shape[:-1], 3, self.heads, x.shape[-1] // self.heads).movedim((-3, -2), (0, -3))
         # Heads of different kinds of windows are heads to torch, whose fast kernels know a batch and heads alone.
         q, k, v = qkv.flatten(2, -3)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)

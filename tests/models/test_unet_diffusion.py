@@ -41,10 +41,9 @@ class Small(DiffusionUNet):
         torch.nn.init.normal_(self.head.conv.weight, std=0.1)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2 over dp x domain"])
-def test_dp_tp_domain_gives_the_curve_of_one_process(worlds, mode: str) -> None:
+def test_dp_tp_domain_gives_the_curve_of_one_process(worlds) -> None:
     wanted = parity.curve(Small, "none", 1, 1)
-    for wrong in worlds(8).run(parity.curve_errors, Small, mode, 2, 2, wanted):
+    for wrong in worlds(8).run(parity.curve_errors, Small, "fsdp2 over dp x domain", 2, 2, wanted):
         assert not wrong
 
 
