@@ -23,6 +23,7 @@ from tests.launch import cluster
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 DEADLINE_S = 300
+pytestmark = pytest.mark.timeout(1800)  # the first tests install tools and build the images
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 CONFIG = "configs/quickstart.yaml"
 # Hydra would kill the other ranks at the first that fails, and then wait for the helpers that mounted their images.
