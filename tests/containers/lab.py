@@ -120,21 +120,14 @@ def build_sif() -> Path:
         if "root:" not in (file.read_text() if file.exists() else ""):
             with file.open("a") as stream:
                 stream.write("root:1000000:65536\n")
+    if not Path("/dev/fuse").exists():
+        raise MissingError("there is no /dev/fuse, by which images are mounted")
     Path("/dev/fuse").chmod(0o666)  # what udev does elsewhere: ordinary users mount images
     sif = LAB / f"credit-{sources_digest()}.sif"
     if not sif.exists():
         for old in LAB.glob("credit-*.sif"):
             old.unlink()
-        call(
-            "containers/build.sh",
-            "sif",
-            "--from",
-            tar,
-            "--output",
-            LAB / "part.sif",
-            timeout=1500,
-            error=AssertionError,
-        )
+        build("sif", "--from", tar, "--output", LAB / "part.sif")
         (LAB / "part.sif").chmod(0o755)
         (LAB / "part.sif").rename(sif)
     return sif
@@ -149,18 +142,7 @@ def build_oci() -> str:
         known = call("podman", "images", "--format", "{{.Repository}}:{{.Tag}}").split()
         if old := [name for name in known if name.startswith(IMAGE)]:
             call("podman", "rmi", "--force", *old)
-        call(
-            "containers/build.sh",
-            "oci",
-            "--tool",
-            "buildah",
-            "--from",
-            tar,
-            "--output",
-            tag,
-            timeout=1500,
-            error=AssertionError,
-        )
+        build("oci", "--tool", "buildah", "--from", tar, "--output", tag)
     return tag
 
 
