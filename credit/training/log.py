@@ -8,7 +8,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-STEP_COLUMNS = ("step", "epoch", "loss", "gradient_norm", "learning_rate", "seconds")
+STEP_COLUMNS = ("step", "epoch", "loss", "gradient_norm", "learning_rate", "seconds", "waited")
 EPOCH_COLUMNS = ("step", "epoch", "loss")
 PROGRESS_EVERY_S = 10.0
 
@@ -47,16 +47,27 @@ class StepLog:
     def __init__(self, directory: Path, first: int, steps: int, active: bool) -> None:
         self._active, self._steps = active, steps
         self._shown = time.monotonic()
-        self._recent: deque[tuple[float, int]] = deque(maxlen=50)
+        self._recent: deque[tuple[float, int, float, float]] = deque(maxlen=50)
         if active:
             self._train = _Csv(directory / "log.csv", STEP_COLUMNS, first)
             self._valid = _Csv(directory / "valid.csv", EPOCH_COLUMNS, first)
 
-    def step(self, step: int, epoch: int, loss: float, norm: float, rate: float, samples: int, seconds: float) -> None:
+    def step(
+        self,
+        step: int,
+        epoch: int,
+        loss: float,
+        norm: float,
+        rate: float,
+        samples: int,
+        seconds: float,
+        waited: float,
+    ) -> None:
+        """One optimiser step that took `seconds`, after its data had been waited for."""
         if not self._active:
             return
-        self._train.write(step, epoch, repr(loss), repr(norm), f"{rate:.6g}", f"{seconds:.4f}")
-        self._recent.append((time.monotonic(), samples))
+        self._train.write(step, epoch, repr(loss), repr(norm), f"{rate:.6g}", f"{seconds:.4f}", f"{waited:.4f}")
+        self._recent.append((time.monotonic(), samples, seconds, waited))
         self._last = f"epoch {epoch}  step {step}/{self._steps}  loss {loss:.4f}  rate {rate:.2e}"
         self._step = step
         if time.monotonic() - self._shown > PROGRESS_EVERY_S:
@@ -75,11 +86,12 @@ class StepLog:
     def _show(self, extra: str) -> None:
         self._shown = time.monotonic()
         elapsed = self._recent[-1][0] - self._recent[0][0]
-        pace = ""
+        waited = sum(one[3] for one in self._recent)
+        pace = f"  waiting for data {waited / (waited + sum(one[2] for one in self._recent)):.0%}"
         if elapsed > 0:
             per_step = elapsed / (len(self._recent) - 1)
             minutes, seconds = divmod(round((self._steps - self._step) * per_step), 60)
-            pace = f"  {self._recent[-1][1] / per_step:.1f} samples/s  ETA {minutes}:{seconds:02d}"
+            pace += f"  {self._recent[-1][1] / per_step:.1f} samples/s  ETA {minutes}:{seconds:02d}"
         print(f"{self._last}{extra}{pace}", flush=True)
 
 

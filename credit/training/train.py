@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -12,21 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from credit.config import Trainer
 from credit.data.dataset import Fields, StepDataset
+from credit.data.loading import BatchLoader
 from credit.data.sampler import DataParallelSampler
 from credit.errors import ConfigError, CreditError, Stopped
 from credit.launch.contract import enforce_sampler_contract
 from credit.launch.job import Job
 from credit.launch.stop import StopRequest
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
-from credit.parallel.collectives import all_sum, clip_grad_norm_, describe, gather_objects, share_failure, together
+from credit.parallel.collectives import all_sum, clip_grad_norm_, together
 from credit.parallel.ema import EMA
 from credit.parallel.fsdp2 import synchronize_gradients
 from credit.parallel.parallelize import reduce_gradients
 from credit.status import write_status
+from credit.training.batches import AgreedBatches
 from credit.training.facts import refuse_other_run, run_facts
 from credit.training.log import StepLog
 from credit.training.loss import LatitudeWeightedLoss
@@ -76,8 +77,11 @@ class TrainingRun:
                 for period, dataset in datasets.items()
             }
             self._check_accumulation(self.samplers["train"].share)
+        data = job.config.data
         self.loaders: dict[str, Any] = {
-            period: DataLoader(dataset, batch_sampler=self.samplers[period], collate_fn=_as_it_is)
+            period: BatchLoader(
+                dataset, self.samplers[period], data.workers, data.prefetch, pin=job.device.type == "cuda"
+            )
             for period, dataset in datasets.items()
         }
         self.model = prepare_model(job, self.fields)
@@ -166,7 +170,7 @@ class TrainingRun:
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.job.device)
         with self.ema.in_place_of_weights() if self.ema is not None else nullcontext():
-            for batch in agreed(self.loaders["valid"], self.job.device):
+            for batch in AgreedBatches(self.loaders["valid"], self.job.device):
                 assert batch is not None
                 total += torch.stack(list(self.shares_of_loss(batch))).sum().double()
         self.model.train()
@@ -220,7 +224,8 @@ class TrainingRun:
         """The steps of an epoch, from number `done` on."""
         self.samplers["train"].start_at(epoch, done)
         step = epoch * self.steps_per_epoch + done
-        for batch in agreed(self.loaders["train"], self.job.device, request):
+        batches = AgreedBatches(self.loaders["train"], self.job.device, request)
+        for batch in batches:
             if batch is None:
                 if self.saved < step:
                     self._save(step)
@@ -233,7 +238,8 @@ class TrainingRun:
             step += 1
             trained.losses.append(loss)
             trained.gradient_norms.append(norm)
-            log.step(step, epoch + 1, loss, norm, rate, self.trainer.batch_size, time.perf_counter() - begin)
+            seconds = time.perf_counter() - begin
+            log.step(step, epoch + 1, loss, norm, rate, self.trainer.batch_size, seconds, batches.waited)
             if not math.isfinite(loss):
                 raise CreditError(
                     f"the loss is {loss} at step {step}: lower trainer.learning_rate, or set trainer.clip; "
@@ -250,38 +256,6 @@ class TrainingRun:
         """For `credit status`, and for scripts that go on with what is not finished."""
         if self.job.is_first:
             write_status(self.job.config.run, state, step, self.steps)
-
-
-def _as_it_is(batch: Any) -> Any:
-    """`StepDataset` reads whole batches: there is nothing to collate."""
-    return batch
-
-
-def agreed(
-    batches: Iterable[dict[str, Tensor]], device: torch.device, request: StopRequest | None = None
-) -> Iterator[dict[str, Tensor] | None]:
-    """The batches; if reading one fails on any rank, all ranks stop with what it said.
-
-    If any rank has a stop request, the last that comes is None, on every rank at the same step. One small all_reduce a
-    batch: without it, peers would wait for the failing rank until their timeout.
-    """
-    iterator = iter(batches)
-    while True:
-        batch, error = None, None
-        try:
-            batch = next(iterator, None)
-        except Exception as caught:
-            error = caught
-        flags = torch.tensor([error is not None, bool(request)], dtype=torch.int32, device=device)
-        failed, stop = all_sum(flags).tolist()
-        if failed:
-            share_failure(gather_objects(None if error is None else describe(error)), "reading a batch", error)
-        if batch is None:
-            return
-        if stop:
-            yield None
-            return
-        yield batch
 
 
 def train(job: Job, request: StopRequest | None = None) -> Trained:
