@@ -199,6 +199,8 @@ class Trainer(_Block):
     """Steps between checkpoints; there is one at the end too."""
     checkpoint_async: bool = False
     """Write checkpoints in the background, from a copy in memory."""
+    tensorboard: bool = False
+    """Write what log.csv and valid.csv hold for TensorBoard too, into `tensorboard` of the run directory."""
     timeout: Annotated[float, Field(gt=0)] = 600
     """Seconds after which a rank stops waiting for its peers."""
 

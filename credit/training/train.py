@@ -29,8 +29,9 @@ from credit.parallel.parallelize import reduce_gradients
 from credit.status import write_status
 from credit.training.batches import AgreedBatches
 from credit.training.facts import refuse_other_run, run_facts
-from credit.training.log import StepLog
+from credit.training.log import StepLog, refuse_missing_tensorboard
 from credit.training.loss import LatitudeWeightedLoss
+from credit.training.profile import Profile
 from credit.training.rollout import changes
 from credit.training.setup import open_store, prepare_model
 
@@ -63,6 +64,8 @@ class TrainingRun:
         self.job, self.trainer = job, job.config.trainer
         self.conf = job.config.to_dict()
         self.dtype = getattr(torch, self.trainer.dtype)
+        with together("opening the log"):
+            refuse_missing_tensorboard(self.trainer.tensorboard and job.is_first)
         store, statistics = open_store(job)
         rows = job.rows(store.grid.shape[0])
         with together("opening the data"):
@@ -188,8 +191,8 @@ class TrainingRun:
         self.job.say(f"resuming from {path}" if step < self.steps else f"{path} is the last: nothing to do")
         return step
 
-    def run(self, request: StopRequest) -> Trained:
-        """All steps that are left, with checkpoints, validation after each epoch, and a log.
+    def run(self, request: StopRequest, profile: int = 0) -> Trained:
+        """All steps that are left, with checkpoints, validation after each epoch, and a log; some profiled.
 
         Raises:
             Stopped: on all ranks, after saving, once any has a stop request.
@@ -199,12 +202,16 @@ class TrainingRun:
         self.job.config.run.mkdir(parents=True, exist_ok=True)
         self._tell("running", first)
         self._enforce_contract(first)
-        log = StepLog(self.job.config.run, first, self.steps, self.job.is_first)
+        is_first, directory = self.job.is_first, self.job.config.run
+        log = StepLog(directory, first, self.steps, is_first, self.trainer.tensorboard)
         self.model.train()
-        for epoch in range(first // self.steps_per_epoch, self.trainer.epochs):
-            self._epoch(epoch, max(first - epoch * self.steps_per_epoch, 0), trained, log, request)
-            trained.valid_loss = self.validate()
-            log.epoch(epoch + 1, (epoch + 1) * self.steps_per_epoch, trained.valid_loss)
+        with Profile(directory, first, profile, is_first) as recorded:
+            for epoch in range(first // self.steps_per_epoch, self.trainer.epochs):
+                done = max(first - epoch * self.steps_per_epoch, 0)
+                for _ in self._epoch(epoch, done, trained, log, request):
+                    recorded.step()
+                trained.valid_loss = self.validate()
+                log.epoch(epoch + 1, (epoch + 1) * self.steps_per_epoch, trained.valid_loss)
         self.checkpoints.close()
         log.close()
         self._tell("finished", self.steps)
@@ -220,8 +227,8 @@ class TrainingRun:
                 loader, self.conf, drawn=drawn[period], whole=("sample", "time", "weight")
             )
 
-    def _epoch(self, epoch: int, done: int, trained: Trained, log: StepLog, request: StopRequest) -> None:
-        """The steps of an epoch, from number `done` on."""
+    def _epoch(self, epoch: int, done: int, trained: Trained, log: StepLog, request: StopRequest) -> Iterator[None]:
+        """Take the steps of an epoch, from number `done` on; yields after each."""
         self.samplers["train"].start_at(epoch, done)
         step = epoch * self.steps_per_epoch + done
         batches = AgreedBatches(self.loaders["train"], self.job.device, request)
@@ -247,6 +254,7 @@ class TrainingRun:
                 )
             if step % self.trainer.checkpoint_every == 0 or step == self.steps:
                 self._save(step)
+            yield
 
     def _save(self, step: int) -> None:
         self.checkpoints.save(step)
@@ -258,8 +266,12 @@ class TrainingRun:
             write_status(self.job.config.run, state, step, self.steps)
 
 
-def train(job: Job, request: StopRequest | None = None) -> Trained:
-    """Train the config's model on this job's mesh, from its newest checkpoint on, until done or asked to stop."""
+def train(job: Job, request: StopRequest | None = None, profile: int = 0) -> Trained:
+    """Train the config's model on this job's mesh, from its newest checkpoint on, until done or asked to stop.
+
+    Args:
+        profile: steps of which rank 0 writes a chrome trace to the run directory.
+    """
     run = TrainingRun(job)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     shape = job.shape
@@ -268,4 +280,4 @@ def train(job: Job, request: StopRequest | None = None) -> Trained:
         f"{run.steps} steps of {job.config.trainer.batch_size}; mesh dp {shape.dp} x tp {shape.tp} x domain "
         f"{shape.domain} ({job.config.trainer.parallelism.data}) on {job.device.type}, ranks from {job.ranks.source}"
     )
-    return run.run(StopRequest() if request is None else request)
+    return run.run(StopRequest() if request is None else request, profile)
