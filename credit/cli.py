@@ -108,8 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     train = _verb(verbs, "train", _train, "train the model; run the same command again to resume")
     train.add_argument("--dry-run", action="store_true", help="check config, data and layout, print them, and stop")
     train.add_argument("--ranks", type=int, default=None, help="with --dry-run: lay out this many ranks")
+    train.add_argument("--profile", type=int, default=0, metavar="STEPS", help="write a chrome trace of some steps")
     _verb(verbs, "forecast", _forecast, "forecast the test period with the newest checkpoint, into forecast.zarr")
-    _verb(verbs, "score", _score, "RMSE and ACC of forecast.zarr: a table, scores.csv, and pictures")
+    _verb(verbs, "score", _score, "RMSE, ACC, bias and spectra of forecast.zarr: a table, CSV files, and pictures")
     check = verbs.add_parser(
         "check",
         help="check a config without starting ranks; `check parity`: the sharded model against the plain one",
@@ -197,7 +198,7 @@ def _train(arguments: argparse.Namespace) -> None:
         from credit.training.train import train
 
         with start_job(lambda: _load(arguments)) as job:
-            train(job, request)
+            train(job, request, arguments.profile)
 
 
 def _refuse_contradictions() -> None:
@@ -217,18 +218,35 @@ def _forecast(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
+    from credit.launch.ranks import choose
+
+    if choose().size == 1:
+        from credit.training.score import score
+
+        config = _load(arguments)
+        _show_scores(config, score(config))
+        return
+    from credit.launch.job import start_job
     from credit.training.score import score
 
-    config = _load(arguments)
-    scores = score(config)
+    with start_job(lambda: _load(arguments)) as job:
+        scores = score(job.config, job.ranks.rank, job.ranks.world_size)
+        if job.is_first:
+            _show_scores(job.config, scores)
+
+
+def _show_scores(config: Any, scores: Any) -> None:
     print(scores.table())
-    scores.save(config.run / "scores.csv")
+    made = [config.run / "scores.csv", config.run / "spectra.csv"]
+    scores.save(made[0])
+    scores.save_spectra(made[1])
     try:
-        from credit.plots import plot_map, plot_scores
+        from credit.plots import plot_map, plot_scores, plot_spectra
     except ModuleNotFoundError as error:
         print(f"no pictures: {error.name} is not installed (pip install 'credit-hpc[plots]')")
-        return
-    print(f"{plot_map(config, scores)} {plot_scores(config, scores)} {config.run / 'scores.csv'}")
+    else:
+        made += [plot_map(config, scores), plot_scores(config, scores), plot_spectra(config, scores)]
+    print(*made)
 
 
 def _parity(arguments: argparse.Namespace) -> int:

@@ -68,6 +68,10 @@ class Data(_Block):
     """Statistics written by `credit data stats`; stats.nc in the run directory by default."""
     in_memory: bool = False
     """Read this rank's rows of the whole store once, and keep them."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes of each rank that read batches while it computes; 0: the rank reads."""
+    prefetch: Annotated[int, Field(ge=1)] = 2
+    """Batches that each worker reads ahead."""
 
     @field_validator("step_hours", mode="before")
     @classmethod
@@ -87,6 +91,12 @@ class Data(_Block):
         for (name, period), (other, later) in itertools.pairwise(periods):
             if period[1] > later[0]:
                 raise ValueError(f"{name} and {other} share times: scores would be of what was trained on")
+        return self
+
+    @model_validator(mode="after")
+    def _reads_once(self) -> Data:
+        if self.workers and self.in_memory:
+            raise ValueError(f"in_memory leaves nothing to read for workers: {self.workers}; set one of the two")
         return self
 
 
@@ -329,6 +339,8 @@ class Trainer(_Block):
     """Steps between checkpoints; there is one at the end too."""
     checkpoint_async: bool = False
     """Write checkpoints in the background, from a copy in memory."""
+    tensorboard: bool = False
+    """Write what log.csv and valid.csv hold for TensorBoard too, into `tensorboard` of the run directory."""
     timeout: Annotated[float, Field(gt=0)] = 600
     """Seconds after which a rank stops waiting for its peers."""
 

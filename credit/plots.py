@@ -1,4 +1,4 @@
-"""Pictures of a run: one forecast beside the truth, and the scores by lead time. Needs matplotlib (extra `plots`)."""
+"""Pictures of a run: one forecast beside the truth, scores by lead time, spectra. Needs matplotlib (extra `plots`)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from credit.config import Config
 from credit.data.prepare import store_path
 from credit.data.store import FieldStore
 from credit.training.forecast import forecast_path
-from credit.training.score import Scores
+from credit.training.score import FIELDS, Scores
 
 COLOURS = {"model": "#0b5fa5", "persistence": "#c4572b", "climatology": "#7a7a7a"}
+MOST_CHANNELS = 12
+"""In one picture, evenly out of more."""
 
 
 def plot_map(config: Config, scores: Scores) -> Path:
@@ -54,26 +56,61 @@ def plot_map(config: Config, scores: Scores) -> Path:
 
 
 def plot_scores(config: Config, scores: Scores) -> Path:
-    """scores.png: RMSE and ACC of every channel by lead time."""
-    count = len(scores.channels)
-    figure, axes = plt.subplots(2, count, figsize=(3.6 * count + 0.6, 5.6), layout="constrained", squeeze=False)
-    for column, (name, unit) in enumerate(zip(scores.channels, scores.units, strict=True)):
-        for row, (title, values) in enumerate(
-            ((f"RMSE of {name} [{unit}]", scores.rmse), (f"ACC of {name}", scores.acc))
-        ):
-            axis = axes[row, column]
+    """scores.png: RMSE, ACC and bias of every channel by lead time."""
+    shown = _channels(scores)
+    size = (3.6 * len(shown) + 0.6, 7.8)
+    figure, axes = plt.subplots(3, len(shown), figsize=size, layout="constrained", squeeze=False)
+    for column, channel in enumerate(shown):
+        name, unit = scores.channels[channel], scores.units[channel]
+        rows = (
+            (f"RMSE of {name} [{unit}]", scores.rmse),
+            (f"ACC of {name}", scores.acc),
+            (f"bias of {name} [{unit}]", scores.bias),
+        )
+        for axis, (title, values) in zip(axes[:, column], rows, strict=True):
             for f, (forecast, colour) in enumerate(COLOURS.items()):
-                if np.isfinite(values[f, :, column]).all():
-                    axis.plot(scores.lead_hours, values[f, :, column], color=colour, label=forecast, marker=".", ms=3)
+                line = values[f, :, channel]
+                if np.isfinite(line).all():
+                    axis.plot(scores.lead_hours, line, color=colour, label=forecast, marker=".", ms=3)
             axis.set_title(title, loc="left", fontsize=10)
-            axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
-        axes[1, column].set_xlabel("lead time [h]")
+        for axis in axes[:2, column]:
+            axis.set_ylim(bottom=0)
+        axes[2, column].axhline(0, color="black", lw=0.6)
+        axes[2, column].set_xlabel("lead time [h]")
     axes[0, 0].legend(frameon=False, fontsize=9)
     figure.suptitle(
         f"{config.model.name} on {config.data.path}: {scores.starts} forecasts of the test period", fontsize=11
     )
     return _save(figure, config.run / "scores.png")
+
+
+def plot_spectra(config: Config, scores: Scores) -> Path:
+    """spectra.png: power of the zonal waves of truth and forecast, at the first lead, after a day, and at the last."""
+    shown = _channels(scores)
+    day = int(np.argmin(np.abs(np.array(scores.lead_hours) - 24)))
+    leads = sorted({0, day, len(scores.lead_hours) - 1})
+    truth, model = FIELDS.index("truth"), FIELDS.index("model")
+    size = (3.6 * len(shown) + 0.6, 4.0)
+    figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    waves = np.arange(1, scores.power.shape[-1])
+    for axis, channel in zip(axes[0], shown, strict=True):
+        axis.loglog(waves, scores.power[truth, leads[0], channel, 1:], color="black", lw=1.5, label="truth")
+        for shade, lead in zip(np.linspace(0.4, 1, len(leads)), leads, strict=True):
+            label = f"{config.model.name}, {scores.lead_hours[lead]} h"
+            line = scores.power[model, lead, channel, 1:]
+            axis.loglog(waves, line, color=COLOURS["model"], alpha=shade, lw=1, label=label)
+        axis.set_title(f"power of {scores.channels[channel]} [({scores.units[channel]})²]", loc="left", fontsize=10)
+        axis.set_xlabel("zonal wavenumber")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(frameon=False, fontsize=9)
+    return _save(figure, config.run / "spectra.png")
+
+
+def _channels(scores: Scores) -> list[int]:
+    """Places of the channels to draw."""
+    count = len(scores.channels)
+    return np.unique(np.linspace(0, count - 1, min(count, MOST_CHANNELS)).round().astype(int)).tolist()
 
 
 def _save(figure, path: Path) -> Path:

@@ -24,13 +24,16 @@ class Fields:
 
     def __init__(self, config: Config, store: FieldStore, statistics: Statistics, rows: range) -> None:
         data = config.data
-        self.config, self.store, self.rows, self.statistics = config, store, rows, statistics
+        self.config, self.store, self.rows = config, store, rows
         self.predicted: list[Channel] = store.channels(data.variables, data.levels)
         names = [channel.name for channel in self.predicted]
         self._mean, self._std = (array[:, None, None] for array in statistics.arrays(names))
         increments = np.array([statistics.increment_std[name] for name in names])[:, None, None]
         self.increment_std = torch.from_numpy(increments / self._std).float()
         self.input_channels = len(names) + len(data.forcings) + len(data.statics)
+        # Not all of the statistics: a worker is sent what is here, and their climatology is as large as a state.
+        given = stored_names([*data.forcings, *data.statics])
+        self._moments = {name: (statistics.mean[name], statistics.std[name]) for name in given}
         statics = self._scaled(static_fields(store, data.statics, rows)[None], data.statics)[0]
         self._statics = torch.from_numpy(statics)
         self._memory = store.read(self.predicted, range(len(store.times)), rows) if data.in_memory else None
@@ -58,8 +61,9 @@ class Fields:
     def _scaled(self, fields: np.ndarray, names: list[str]) -> np.ndarray:
         """Fields from the store normalised; computed ones are of order one as they are."""
         for i, name in enumerate(names):
-            if name in stored_names([name]):
-                fields[:, i] = (fields[:, i] - self.statistics.mean[name]) / self.statistics.std[name]
+            if name in self._moments:
+                mean, std = self._moments[name]
+                fields[:, i] = (fields[:, i] - mean) / std
         return fields
 
 

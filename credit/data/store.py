@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,18 @@ class FieldStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._dataset = _open(self.path)
         self.grid = self._checked(lambda: Grid(self._dataset.latitude.values, self._dataset.longitude.values))
         self.times = self._dataset["time"].values
         if not np.issubdtype(self.times.dtype, np.datetime64) or np.any(np.diff(self.times) <= np.timedelta64(0)):
             raise DataError(f"{self.path}: time must be ascending dates")
+
+    @cached_property
+    def _dataset(self) -> xr.Dataset:
+        return _open(self.path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open files: whoever gets this opens them again, at the first read."""
+        return {name: value for name, value in self.__dict__.items() if name != "_dataset"}
 
     def _checked(self, make):
         try:

@@ -81,6 +81,13 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
+def all_max(values: Tensor) -> Tensor:
+    """Elementwise maximum over all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank if `flag` is on any."""
     if not dist.is_initialized():

@@ -1,14 +1,17 @@
-"""Rank 0's record of a run: log.csv and valid.csv in the run directory, and a line of progress now and then."""
+"""Rank 0's record of a run: CSV files and TensorBoard in the run directory, and a line of progress now and then."""
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
-STEP_COLUMNS = ("step", "epoch", "loss", "gradient_norm", "learning_rate", "seconds")
+from credit.errors import ConfigError
+
+STEP_COLUMNS = ("step", "epoch", "loss", "gradient_norm", "learning_rate", "seconds", "waited")
 EPOCH_COLUMNS = ("step", "epoch", "loss")
 PROGRESS_EVERY_S = 10.0
 
@@ -34,6 +37,31 @@ class _Csv:
         self._stream.close()
 
 
+def refuse_missing_tensorboard(wanted: bool) -> None:
+    """Raise a ConfigError if TensorBoard is wanted and not installed."""
+    if wanted and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "trainer.tensorboard: the package tensorboard is not installed: pip install 'credit-hpc[tracking]', or "
+            "leave the key out"
+        )
+
+
+class _TensorBoard:
+    """Scalars under the names of the CSV columns; those after the step of a resume are dropped."""
+
+    def __init__(self, directory: Path, first: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first + 1, flush_secs=10)
+
+    def write(self, group: str, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 class StepLog:
     """Writes and prints on one rank, does nothing on the others.
 
@@ -42,21 +70,37 @@ class StepLog:
         first: steps done before this run.
         steps: steps in all.
         active: true on the rank that writes.
+        tensorboard: write for TensorBoard too.
     """
 
-    def __init__(self, directory: Path, first: int, steps: int, active: bool) -> None:
+    def __init__(self, directory: Path, first: int, steps: int, active: bool, tensorboard: bool = False) -> None:
         self._active, self._steps = active, steps
         self._shown = time.monotonic()
-        self._recent: deque[tuple[float, int]] = deque(maxlen=50)
+        self._recent: deque[tuple[float, int, float, float]] = deque(maxlen=50)
         if active:
             self._train = _Csv(directory / "log.csv", STEP_COLUMNS, first)
             self._valid = _Csv(directory / "valid.csv", EPOCH_COLUMNS, first)
+            self._board = _TensorBoard(directory, first) if tensorboard else None
 
-    def step(self, step: int, epoch: int, loss: float, norm: float, rate: float, samples: int, seconds: float) -> None:
+    def step(
+        self,
+        step: int,
+        epoch: int,
+        loss: float,
+        norm: float,
+        rate: float,
+        samples: int,
+        seconds: float,
+        waited: float,
+    ) -> None:
+        """One optimiser step that took `seconds`, after its data had been waited for."""
         if not self._active:
             return
-        self._train.write(step, epoch, repr(loss), repr(norm), f"{rate:.6g}", f"{seconds:.4f}")
-        self._recent.append((time.monotonic(), samples))
+        self._train.write(step, epoch, repr(loss), repr(norm), f"{rate:.6g}", f"{seconds:.4f}", f"{waited:.4f}")
+        if self._board is not None:
+            values = (epoch, loss, norm, rate, seconds, waited)
+            self._board.write("train", step, dict(zip(STEP_COLUMNS[1:], values, strict=True)))
+        self._recent.append((time.monotonic(), samples, seconds, waited))
         self._last = f"epoch {epoch}  step {step}/{self._steps}  loss {loss:.4f}  rate {rate:.2e}"
         self._step = step
         if time.monotonic() - self._shown > PROGRESS_EVERY_S:
@@ -65,21 +109,26 @@ class StepLog:
     def epoch(self, epoch: int, step: int, valid_loss: float) -> None:
         if self._active:
             self._valid.write(step, epoch, repr(valid_loss))
+            if self._board is not None:
+                self._board.write("valid", step, {"loss": valid_loss})
             self._show(f"  valid {valid_loss:.4f}")
 
     def close(self) -> None:
         if self._active:
             self._train.close()
             self._valid.close()
+            if self._board is not None:
+                self._board.close()
 
     def _show(self, extra: str) -> None:
         self._shown = time.monotonic()
         elapsed = self._recent[-1][0] - self._recent[0][0]
-        pace = ""
+        waited = sum(one[3] for one in self._recent)
+        pace = f"  waiting for data {waited / (waited + sum(one[2] for one in self._recent)):.0%}"
         if elapsed > 0:
             per_step = elapsed / (len(self._recent) - 1)
             minutes, seconds = divmod(round((self._steps - self._step) * per_step), 60)
-            pace = f"  {self._recent[-1][1] / per_step:.1f} samples/s  ETA {minutes}:{seconds:02d}"
+            pace += f"  {self._recent[-1][1] / per_step:.1f} samples/s  ETA {minutes}:{seconds:02d}"
         print(f"{self._last}{extra}{pace}", flush=True)
 
 

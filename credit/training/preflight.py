@@ -21,6 +21,7 @@ from credit.parallel.collectives import USER_ERRORS
 from credit.parallel.plan import Planner
 from credit.status import read_status
 from credit.training.check import model_shape
+from credit.training.log import refuse_missing_tensorboard
 
 
 def preflight(path: str, changes: Sequence[str], ranks: int | None) -> list[Finding]:
@@ -136,6 +137,10 @@ def _model(config: Config, ranks: int | None) -> Iterator[Finding]:
 
 
 def _run(config: Config) -> Iterator[Finding]:
+    try:
+        refuse_missing_tensorboard(config.trainer.tensorboard)
+    except ConfigError as error:
+        yield _from_message(str(error))
     place = next(one for one in (config.run, *config.run.absolute().parents) if one.exists())
     if not os.access(place, os.W_OK):
         yield Finding("error", "run", f"{config.run} cannot be written", "another directory")

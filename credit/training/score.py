@@ -1,22 +1,55 @@
-"""Judge forecasts: RMSE and anomaly correlation by lead time, against persistence and climatology."""
+"""Judge forecasts by lead time: RMSE, bias, anomaly correlation and zonal spectra, against simple forecasts."""
 
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 
 from credit.config import Config
 from credit.data.prepare import load_fields_statistics, store_path
 from credit.data.store import Channel, FieldStore
 from credit.errors import DataError
+from credit.parallel.collectives import all_sum, together
 from credit.training.forecast import forecast_path
 from credit.training.log import Progress
 
 FORECASTS = ("model", "persistence", "climatology")
+FIELDS = ("truth", *FORECASTS)
+"""What spectra are of."""
+
+
+@dataclass(eq=False)
+class Sums:
+    """What is added up over starts, so that parts scored apart make up the whole.
+
+    Attributes:
+        starts: (); their number.
+        squares, errors, correlations: (forecast, lead, channel).
+        power: (field, lead, channel, wavenumber).
+    """
+
+    starts: np.ndarray
+    squares: np.ndarray
+    errors: np.ndarray
+    correlations: np.ndarray
+    power: np.ndarray
+
+    @classmethod
+    def zero(cls, leads: int, channels: int, longitudes: int) -> Sums:
+        squares, errors, correlations = np.zeros((3, len(FORECASTS), leads, channels))
+        power = np.zeros((len(FIELDS), leads, channels, longitudes // 2 + 1))
+        return cls(np.zeros(()), squares, errors, correlations, power)
+
+    def add_over_ranks(self) -> None:
+        for field in fields(self):
+            all_sum(torch.from_numpy(getattr(self, field.name)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +59,10 @@ class Scores:
     Attributes:
         lead_hours: (lead,).
         channels: names.
-        rmse: in the channel's units, (forecast, lead, channel), for `FORECASTS`.
+        rmse, bias: in the channel's units, (forecast, lead, channel), for `FORECASTS`. A bias is positive where the
+            forecast is above the truth.
         acc: (forecast, lead, channel); NaN for climatology, whose anomaly is zero.
+        power: in the channel's units squared, (field, lead, channel, wavenumber), for `FIELDS`.
         starts: number of forecasts.
     """
 
@@ -35,95 +70,140 @@ class Scores:
     channels: list[str]
     units: list[str]
     rmse: np.ndarray
+    bias: np.ndarray
     acc: np.ndarray
+    power: np.ndarray
     starts: int
 
+    def shown_leads(self) -> list[int]:
+        """Places of every day, and of the first and last lead."""
+        days = [i for i, hours in enumerate(self.lead_hours) if hours % 24 == 0]
+        return sorted({0, *days, len(self.lead_hours) - 1})
+
     def table(self) -> str:
-        """One line a channel and lead: every day, and the first and last lead."""
-        shown = [i for i, hours in enumerate(self.lead_hours) if hours % 24 == 0]
-        shown = sorted({0, *shown, len(self.lead_hours) - 1})
+        """One line a channel and shown lead."""
         lines = [
             f"{'channel':<10} {'lead':>6}  {'RMSE model':>10} {'persistence':>11} {'climatology':>11}"
-            f"  {'ACC model':>9} {'persistence':>11}",
+            f"  {'ACC model':>9} {'persistence':>11}  {'bias model':>10}",
         ]
         for column, (name, unit) in enumerate(zip(self.channels, self.units, strict=True)):
-            for i in shown:
+            for i in self.shown_leads():
                 model, persistence, climatology = self.rmse[:, i, column]
                 lines.append(
                     f"{name:<10} {self.lead_hours[i]:>4} h  {model:>10.4g} {persistence:>11.4g} {climatology:>11.4g}"
-                    f"  {self.acc[0, i, column]:>9.3f} {self.acc[1, i, column]:>11.3f}   {unit}"
+                    f"  {self.acc[0, i, column]:>9.3f} {self.acc[1, i, column]:>11.3f}"
+                    f"  {self.bias[0, i, column]:>10.2g}   {unit}"
                 )
         return "\n".join(lines)
 
     def save(self, path: Path) -> None:
+        """Every lead, as CSV."""
         with path.open("w", newline="") as stream:
             writer = csv.writer(stream)
-            writer.writerow(["channel", "units", "lead_hours", "forecast", "rmse", "acc"])
+            writer.writerow(["channel", "units", "lead_hours", "forecast", "rmse", "acc", "bias"])
             for column, name in enumerate(self.channels):
                 for i, hours in enumerate(self.lead_hours):
                     for f, forecast in enumerate(FORECASTS):
-                        rmse, acc = self.rmse[f, i, column], self.acc[f, i, column]
-                        writer.writerow([name, self.units[column], hours, forecast, f"{rmse:.7g}", f"{acc:.7g}"])
+                        values = [f"{score[f, i, column]:.7g}" for score in (self.rmse, self.acc, self.bias)]
+                        writer.writerow([name, self.units[column], hours, forecast, *values])
+
+    def save_spectra(self, path: Path) -> None:
+        """The shown leads, as CSV."""
+        with path.open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["channel", "units", "lead_hours", "wavenumber", *FIELDS])
+            for column, name in enumerate(self.channels):
+                for i in self.shown_leads():
+                    for wave, powers in enumerate(self.power[:, i, column].T):
+                        of_fields = [f"{power:.7g}" for power in powers]
+                        writer.writerow([name, self.units[column], self.lead_hours[i], wave, *of_fields])
 
 
-def score(config: Config) -> Scores:
-    """Compare `forecast.zarr` in the run directory with the store.
+def score(config: Config, rank: int = 0, ranks: int = 1) -> Scores:
+    """Compare `forecast.zarr` in the run directory with the store; several ranks share the starts.
 
-    RMSE is the root of the mean over starts of the area-weighted squared error. ACC is the area-weighted
-    correlation of anomalies from the training period's mean, not centred, averaged over starts (as in
-    Rasp et al. 2024, WeatherBench 2, section 3).
+    RMSE is the root of the mean over starts of the area-weighted squared error, bias the mean error. ACC is the
+    area-weighted correlation of anomalies from the training period's mean, not centred, averaged over starts (as in
+    Rasp et al. 2024, WeatherBench 2, section 3). The power of a zonal wave is its part in the mean square along a
+    latitude, averaged over area and starts: over all wavenumbers it adds up to the mean square of the field.
 
     Raises:
         DataError: if there is no forecast.
     """
-    path = forecast_path(config.run)
-    if not path.exists():
-        raise DataError(f"there is no forecast at {path}: run `credit forecast` first")
-    store = FieldStore(store_path(config))
-    channels = store.channels(config.data.variables, config.data.levels)
-    climatology = load_fields_statistics(config, store).climatology.values
+    with together("scoring"):
+        path = forecast_path(config.run)
+        if not path.exists():
+            raise DataError(f"there is no forecast at {path}: run `credit forecast` first")
+        store = FieldStore(store_path(config))
+        channels = store.channels(config.data.variables, config.data.levels)
+        climatology = load_fields_statistics(config, store).climatology.values
+        with xr.open_zarr(path, chunks=None, consolidated=False) as forecasts:
+            leads = forecasts["lead_time"].values
+            sums = Sums.zero(len(leads), len(channels), store.grid.shape[1])
+            mine = range(rank, forecasts.sizes["init_time"], ranks)
+            progress = Progress(len(mine), "score", active=rank == 0)
+            for number in mine:
+                _add(sums, store, climatology, _fields_of(forecasts, store, channels, number))
+                progress.advance()
+    sums.add_over_ranks()
+    sums.correlations[FORECASTS.index("climatology")] = np.nan
+    return Scores(
+        lead_hours=(leads / np.timedelta64(1, "h")).astype(int).tolist(),
+        channels=[channel.name for channel in channels],
+        units=[store.attributes(channel.variable).get("units", "") for channel in channels],
+        rmse=np.sqrt(sums.squares / sums.starts),
+        bias=sums.errors / sums.starts,
+        acc=sums.correlations / sums.starts,
+        power=sums.power / sums.starts,
+        starts=int(sums.starts),
+    )
+
+
+def _add(sums: Sums, store: FieldStore, climatology: np.ndarray, leads: Iterator[tuple[np.ndarray, ...]]) -> None:
+    """Add one start: of each lead the (begin, truth, forecast), each (channel, latitude, longitude), float64."""
     weights = (store.grid.latitude_weights() / store.grid.shape[0] / store.grid.shape[1])[:, None]
 
     def average(product: np.ndarray) -> np.ndarray:
         return (product * weights).sum(axis=(-2, -1), dtype=np.float64)
 
-    with xr.open_zarr(path, chunks=None, consolidated=False) as forecasts:
-        leads = forecasts["lead_time"].values
-        squares = np.zeros((len(FORECASTS), len(leads), len(channels)))
-        correlations = np.full_like(squares, np.nan)
-        correlations[:2] = 0
-        starts = forecasts["init_time"].values
-        progress = Progress(len(starts), "score", active=True)
-        for number, start in enumerate(starts):
-            times = store.indices(np.concatenate([[start], start + leads]))
-            truth = store.read(channels, times, range(store.grid.shape[0])).astype(np.float64)
-            candidates = (
-                _fields(forecasts, channels, number),
-                np.broadcast_to(truth[:1], truth[1:].shape),
-                np.broadcast_to(climatology, truth[1:].shape),
-            )
-            anomaly = truth[1:] - climatology
-            for f, candidate in enumerate(candidates):
-                squares[f] += average((candidate - truth[1:]) ** 2)
-                if FORECASTS[f] != "climatology":
-                    of_forecast = candidate - climatology
-                    scale = np.sqrt(average(of_forecast**2) * average(anomaly**2))
-                    correlations[f] += average(of_forecast * anomaly) / scale
-            progress.advance()
-    return Scores(
-        lead_hours=(leads / np.timedelta64(1, "h")).astype(int).tolist(),
-        channels=[channel.name for channel in channels],
-        units=[store.attributes(channel.variable).get("units", "") for channel in channels],
-        rmse=np.sqrt(squares / len(starts)),
-        acc=correlations / len(starts),
-        starts=len(starts),
-    )
+    def spectrum(field: np.ndarray) -> np.ndarray:
+        return (zonal_power(field) * weights).sum(axis=-2) * store.grid.shape[1]
+
+    of_climatology = spectrum(climatology.astype(np.float64))
+    of_begin = None
+    for lead, (begin, truth, forecast) in enumerate(leads):
+        anomaly = truth - climatology
+        for f, candidate in enumerate((forecast, begin, climatology)):
+            error, of_forecast = candidate - truth, candidate - climatology
+            sums.squares[f, lead] += average(error**2)
+            sums.errors[f, lead] += average(error)
+            if FORECASTS[f] != "climatology":
+                scale = np.sqrt(average(of_forecast**2) * average(anomaly**2))
+                sums.correlations[f, lead] += average(of_forecast * anomaly) / scale
+        of_begin = spectrum(begin) if of_begin is None else of_begin
+        sums.power[:, lead] += spectrum(truth), spectrum(forecast), of_begin, of_climatology
+    sums.starts += 1
 
 
-def _fields(forecasts: xr.Dataset, channels: list[Channel], start: int) -> np.ndarray:
-    """(lead, channel, latitude, longitude) of one forecast."""
-    fields = []
-    for channel in channels:
-        field = forecasts[channel.variable].isel(init_time=start)
-        fields.append((field if channel.level is None else field.sel(level=channel.level)).values)
-    return np.stack(fields, axis=1).astype(np.float64)
+def zonal_power(field: np.ndarray) -> np.ndarray:
+    """(..., longitude) to (..., longitude // 2 + 1): the part of each wave in the mean square (Parseval)."""
+    times = np.full(field.shape[-1] // 2 + 1, 2.0)
+    times[0] = 1
+    if field.shape[-1] % 2 == 0:
+        times[-1] = 1
+    return np.abs(np.fft.rfft(field, axis=-1, norm="forward")) ** 2 * times
+
+
+def _fields_of(forecasts: xr.Dataset, store: FieldStore, channels: list[Channel], number: int) -> Iterator[Any]:
+    """One lead after the other: a start of all leads may not fit into memory."""
+    start, rows = forecasts["init_time"].values[number], range(store.grid.shape[0])
+    begin, *times = store.indices(np.concatenate([[start], start + forecasts["lead_time"].values]))
+    before = store.read(channels, [begin], rows)[0].astype(np.float64)
+    for lead, time in enumerate(times):
+        fields = [forecasts[channel.variable].isel(init_time=number, lead_time=lead) for channel in channels]
+        levels = [channel.level for channel in channels]
+        values = [
+            (field if level is None else field.sel(level=level)).values
+            for field, level in zip(fields, levels, strict=True)
+        ]
+        yield before, store.read(channels, [time], rows)[0].astype(np.float64), np.stack(values).astype(np.float64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -12,24 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from credit.config import Trainer
 from credit.data.dataset import Fields, StepDataset
+from credit.data.loading import BatchLoader
 from credit.data.sampler import DataParallelSampler
 from credit.errors import ConfigError, CreditError, Stopped
 from credit.launch.contract import enforce_sampler_contract
 from credit.launch.job import Job
 from credit.launch.stop import StopRequest
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
-from credit.parallel.collectives import all_sum, clip_grad_norm_, describe, gather_objects, share_failure, together
+from credit.parallel.collectives import all_sum, clip_grad_norm_, together
 from credit.parallel.ema import EMA
 from credit.parallel.fsdp2 import synchronize_gradients
 from credit.parallel.parallelize import reduce_gradients
 from credit.status import claimed, write_status
+from credit.training.batches import AgreedBatches
 from credit.training.facts import refuse_other_run, run_facts
-from credit.training.log import StepLog
+from credit.training.log import StepLog, refuse_missing_tensorboard
 from credit.training.loss import LatitudeWeightedLoss
+from credit.training.profile import Profile
 from credit.training.rollout import changes
 from credit.training.setup import open_store, prepare_model
 
@@ -62,6 +64,8 @@ class TrainingRun:
         self.job, self.trainer = job, job.config.trainer
         self.conf = job.config.to_dict()
         self.dtype = getattr(torch, self.trainer.dtype)
+        with together("opening the log"):
+            refuse_missing_tensorboard(self.trainer.tensorboard and job.is_first)
         store, statistics = open_store(job)
         rows = job.rows(store.grid.shape[0])
         with together("opening the data"):
@@ -76,8 +80,11 @@ class TrainingRun:
                 for period, dataset in datasets.items()
             }
             self._check_accumulation(self.samplers["train"].share)
+        data = job.config.data
         self.loaders: dict[str, Any] = {
-            period: DataLoader(dataset, batch_sampler=self.samplers[period], collate_fn=_as_it_is)
+            period: BatchLoader(
+                dataset, self.samplers[period], data.workers, data.prefetch, pin=job.device.type == "cuda"
+            )
             for period, dataset in datasets.items()
         }
         self.model = prepare_model(job, self.fields)
@@ -166,7 +173,7 @@ class TrainingRun:
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.job.device)
         with self.ema.in_place_of_weights() if self.ema is not None else nullcontext():
-            for batch in agreed(self.loaders["valid"], self.job.device):
+            for batch in AgreedBatches(self.loaders["valid"], self.job.device):
                 assert batch is not None
                 total += torch.stack(list(self.shares_of_loss(batch))).sum().double()
         self.model.train()
@@ -184,8 +191,8 @@ class TrainingRun:
         self.job.say(f"resuming from {path}" if step < self.steps else f"{path} is the last: nothing to do")
         return step
 
-    def run(self, request: StopRequest) -> Trained:
-        """All steps that are left, with checkpoints, validation after each epoch, and a log.
+    def run(self, request: StopRequest, profile: int = 0) -> Trained:
+        """All steps that are left, with checkpoints, validation after each epoch, and a log; some profiled.
 
         Raises:
             Stopped: on all ranks, after saving, once any has a stop request.
@@ -198,12 +205,16 @@ class TrainingRun:
         with together("looking at the clock"):
             request.refuse_too_late()
         self._enforce_contract(first)
-        log = StepLog(self.job.config.run, first, self.steps, self.job.is_first)
+        is_first, directory = self.job.is_first, self.job.config.run
+        log = StepLog(directory, first, self.steps, is_first, self.trainer.tensorboard)
         self.model.train()
-        for epoch in range(first // self.steps_per_epoch, self.trainer.epochs):
-            self._epoch(epoch, max(first - epoch * self.steps_per_epoch, 0), trained, log, request)
-            trained.valid_loss = self.validate()
-            log.epoch(epoch + 1, (epoch + 1) * self.steps_per_epoch, trained.valid_loss)
+        with Profile(directory, first, profile, is_first) as recorded:
+            for epoch in range(first // self.steps_per_epoch, self.trainer.epochs):
+                done = max(first - epoch * self.steps_per_epoch, 0)
+                for _ in self._epoch(epoch, done, trained, log, request):
+                    recorded.step()
+                trained.valid_loss = self.validate()
+                log.epoch(epoch + 1, (epoch + 1) * self.steps_per_epoch, trained.valid_loss)
         self.checkpoints.close()
         log.close()
         self._tell("finished", self.steps)
@@ -219,11 +230,12 @@ class TrainingRun:
                 loader, self.conf, drawn=drawn[period], whole=("sample", "time", "weight")
             )
 
-    def _epoch(self, epoch: int, done: int, trained: Trained, log: StepLog, request: StopRequest) -> None:
-        """The steps of an epoch, from number `done` on."""
+    def _epoch(self, epoch: int, done: int, trained: Trained, log: StepLog, request: StopRequest) -> Iterator[None]:
+        """Take the steps of an epoch, from number `done` on; yields after each."""
         self.samplers["train"].start_at(epoch, done)
         step = epoch * self.steps_per_epoch + done
-        for batch in agreed(self.loaders["train"], self.job.device, request):
+        batches = AgreedBatches(self.loaders["train"], self.job.device, request)
+        for batch in batches:
             if batch is None:
                 if self.saved < step:
                     self._save(step)
@@ -236,7 +248,8 @@ class TrainingRun:
             step += 1
             trained.losses.append(loss)
             trained.gradient_norms.append(norm)
-            log.step(step, epoch + 1, loss, norm, rate, self.trainer.batch_size, time.perf_counter() - begin)
+            seconds = time.perf_counter() - begin
+            log.step(step, epoch + 1, loss, norm, rate, self.trainer.batch_size, seconds, batches.waited)
             if not math.isfinite(loss):
                 raise CreditError(
                     f"the loss is {loss} at step {step}: lower trainer.learning_rate, or set trainer.clip; "
@@ -244,6 +257,7 @@ class TrainingRun:
                 )
             if step % self.trainer.checkpoint_every == 0 or step == self.steps:
                 self._save(step)
+            yield
 
     def _save(self, step: int) -> None:
         self.checkpoints.save(step)
@@ -255,48 +269,20 @@ class TrainingRun:
             write_status(self.job.config.run, state, step, self.steps)
 
 
-def _as_it_is(batch: Any) -> Any:
-    """`StepDataset` reads whole batches: there is nothing to collate."""
-    return batch
+def train(job: Job, request: StopRequest | None = None, profile: int = 0) -> Trained:
+    """Train the config's model on this job's mesh, from its newest checkpoint on, until done or asked to stop.
 
-
-def agreed(
-    batches: Iterable[dict[str, Tensor]], device: torch.device, request: StopRequest | None = None
-) -> Iterator[dict[str, Tensor] | None]:
-    """The batches; if reading one fails on any rank, all ranks stop with what it said.
-
-    If any rank has a stop request, the last that comes is None, on every rank at the same step. One small all_reduce a
-    batch: without it, peers would wait for the failing rank until their timeout.
+    Args:
+        profile: steps of which rank 0 writes a chrome trace to the run directory.
     """
-    iterator = iter(batches)
-    while True:
-        batch, error = None, None
-        try:
-            batch = next(iterator, None)
-        except Exception as caught:
-            error = caught
-        flags = torch.tensor([error is not None, bool(request)], dtype=torch.int32, device=device)
-        failed, stop = all_sum(flags).tolist()
-        if failed:
-            share_failure(gather_objects(None if error is None else describe(error)), "reading a batch", error)
-        if batch is None:
-            return
-        if stop:
-            yield None
-            return
-        yield batch
-
-
-def train(job: Job, request: StopRequest | None = None) -> Trained:
-    """Train the config's model on this job's mesh, from its newest checkpoint on, until done or asked to stop."""
     with ExitStack() as stack:
         with together("claiming the run directory"):
             if job.is_first:
                 stack.enter_context(claimed(job.config.run))
-        return _train(job, StopRequest() if request is None else request)
+        return _train(job, StopRequest() if request is None else request, profile)
 
 
-def _train(job: Job, request: StopRequest) -> Trained:
+def _train(job: Job, request: StopRequest, profile: int) -> Trained:
     run = TrainingRun(job)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     shape = job.shape
@@ -305,4 +291,4 @@ def _train(job: Job, request: StopRequest) -> Trained:
         f"{run.steps} steps of {job.config.trainer.batch_size}; mesh dp {shape.dp} x tp {shape.tp} x domain "
         f"{shape.domain} ({job.config.trainer.parallelism.data}) on {job.device.type}, ranks from {job.ranks.source}"
     )
-    return run.run(request)
+    return run.run(request, profile)

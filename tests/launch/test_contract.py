@@ -21,7 +21,7 @@ from credit.errors import CreditError, LaunchError
 from credit.launch.contract import Who, _Pass, enforce_sampler_contract, refuse_broken_contract, refuse_incomplete
 from credit.layout import MeshShape
 from credit.parallel.mesh import data_parallel_coords
-from credit.training.train import agreed
+from credit.training.batches import AgreedBatches
 
 SAMPLES = 22
 CONF = {"trainer": {"parallelism": {"data": "ddp", "tensor": 1, "domain": 2}}}
@@ -203,7 +203,7 @@ def read_until_it_fails(bad: int) -> tuple[int, str]:
     dataset = Unreadable()
     dataset.bad = range(4 * bad, 4 * bad + 4)
     loader = by_sampler(lambda r, n: distributed(r, n, shuffle=False), dataset)
-    batches = agreed(enforce_sampler_contract(loader, CONF, whole=["x"], every=2), torch.device("cpu"))
+    batches = AgreedBatches(enforce_sampler_contract(loader, CONF, whole=["x"], every=2), torch.device("cpu"))
     seen = 0
     with pytest.raises((OSError, CreditError)) as caught:
         for seen, _ in enumerate(batches, 1):  # noqa: B007
