@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import credit
 from credit.data.dataset import Fields
 from credit.data.sampler import DataParallelSampler
-from credit.domain_parallel import gather_tensor
+from credit.domain_parallel.halo_exchange import exchange
+from credit.domain_parallel.partition import Partition, Window, make_plan
 from credit.errors import CheckpointError
 from credit.launch.job import Job
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
@@ -48,7 +49,8 @@ def roll_out(
 def forecast(job: Job) -> Path:
     """Forecast from every start of the test period that `forecast.every` picks, with the newest checkpoint.
 
-    Replicas take different starts; the domain ranks of each work on one start together.
+    Replicas take different starts; the domain ranks of each work on one start together, and each writes the latitudes
+    of one chunk: no rank holds the globe.
 
     Returns:
         The store, `forecast.zarr` in the run directory: (init_time, lead_time, [level,] latitude, longitude).
@@ -64,18 +66,19 @@ def forecast(job: Job) -> Path:
     newest = load_newest(job, model)
     path = forecast_path(config.run)
     partial = path.with_name(f".{path.name}.partial")
+    chunk = Chunk(store.grid.shape[0], job)
     with together("creating the forecast store"):
         if job.is_first:
-            _create(partial, fields, starts, steps, newest)
+            _create(partial, fields, starts, steps, newest, chunk.height)
     # One start a replica at a time: the last round is filled up, so that all replicas take as many.
     sampler = DataParallelSampler(len(starts), job.shape.dp, job.coords.dp, job.shape.dp)
     progress = Progress(len(sampler), "forecast", job.is_first)
     for ((index, weight),) in sampler:
         states = roll_out(model, fields, starts[[index]], steps, job.device, getattr(torch, config.trainer.dtype))
         for lead, state in enumerate(states):
-            whole = gather_tensor(state.contiguous(), -2, job.manager)
-            if weight and job.coords.domain == job.coords.tp == 0:
-                _write(partial, fields, index, lead, whole)
+            piece = chunk.of(state)
+            if weight and job.coords.tp == 0:
+                _write(partial, fields, index, lead, chunk.rows, piece)
         progress.advance()
     wait_for_all()
     with together("completing the forecast"):
@@ -84,6 +87,28 @@ def forecast(job: Job) -> Path:
             partial.rename(path)
     job.say(f"{len(starts)} forecasts of {config.forecast.lead_hours} h from {newest} -> {path}")
     return path
+
+
+class Chunk:
+    """The latitudes that this rank writes: chunks of a zarr store are equally high, and slabs differ by a row.
+
+    Attributes:
+        height: latitudes of a chunk; the last one may have fewer.
+        rows: of this rank's chunk; none where the ranks before hold all.
+    """
+
+    def __init__(self, latitudes: int, job: Job) -> None:
+        parts, rank = job.shape.domain, job.coords.domain
+        self.height = -(-latitudes // parts)
+        self.rows = range(min(rank * self.height, latitudes), min((rank + 1) * self.height, latitudes))
+        self._manager = job.manager
+        # Filled up at the end, equal chunks are how the rows of a field so much higher are cut.
+        filled_up = Window(after=parts * self.height - latitudes)
+        self._plan = make_plan(filled_up, Partition(latitudes, parts), rank)
+
+    def of(self, state: Tensor) -> Tensor:
+        """From this rank's slab, (..., row, longitude), the rows of its chunk; fewer rows than ranks change hands."""
+        return exchange(state, self._plan, -2, self._manager)[..., : len(self.rows), :]
 
 
 def load_newest(job: Job, model: nn.Module) -> Path:
@@ -98,8 +123,8 @@ def load_newest(job: Job, model: nn.Module) -> Path:
     return path
 
 
-def _create(path: Path, fields: Fields, starts: np.ndarray, steps: int, checkpoint: Path) -> None:
-    """An empty store with its coordinates and attributes."""
+def _create(path: Path, fields: Fields, starts: np.ndarray, steps: int, checkpoint: Path, rows: int) -> None:
+    """An empty store with its coordinates and attributes, in chunks of so many rows."""
     shutil.rmtree(path, ignore_errors=True)
     store, data = fields.store, fields.config.data
     leads = np.arange(1, steps + 1) * data.step_hours * HOUR
@@ -127,7 +152,7 @@ def _create(path: Path, fields: Fields, starts: np.ndarray, steps: int, checkpoi
         group.create_array(
             variable,
             shape=(len(starts), steps, *middle, *horizontal),
-            chunks=(1, 1, *middle, *horizontal),
+            chunks=(1, 1, *middle, rows, horizontal[1]),
             dtype="float32",
             fill_value=float("nan"),
             dimension_names=("init_time", "lead_time", *(("level",) if middle else ()), "latitude", "longitude"),
@@ -135,11 +160,11 @@ def _create(path: Path, fields: Fields, starts: np.ndarray, steps: int, checkpoi
         )
 
 
-def _write(path: Path, fields: Fields, start: int, lead: int, state: Tensor) -> None:
-    """One state of the whole globe, (1, channel, latitude, longitude), in its own units."""
+def _write(path: Path, fields: Fields, start: int, lead: int, rows: range, state: Tensor) -> None:
+    """`rows` of one state, (1, channel, row, longitude), in its own units."""
     names = [channel.variable for channel in fields.predicted]
     values = fields.physical(state)[0]
     for variable in dict.fromkeys(names):
         chosen = values[[name == variable for name in names]]
         array = zarr.open_array(path / variable, mode="r+")
-        array[start, lead] = chosen if array.ndim == 5 else chosen[0]
+        array[start, lead, ..., rows.start : rows.stop, :] = chosen if array.ndim == 5 else chosen[0]

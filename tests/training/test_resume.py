@@ -349,9 +349,10 @@ def test_a_forecast_on_the_mesh_is_that_of_one_process(worlds, trained, tmp_path
     assert serial.sizes == {"init_time": 6, "lead_time": 4, "latitude": 13, "longitude": 16}
     assert np.isfinite(serial.to_array()).all()
     assert serial.attrs["Conventions"] == "CF-1.10"
-    for size, data, domain in ((2, "none", 2), (4, "fsdp2", 2), (4, "ddp", 1)):
+    for size, data, domain, rows in ((2, "none", 2, 7), (4, "fsdp2", 2, 7), (4, "ddp", 1, 13), (4, "none", 4, 4)):
         worlds(size).run(forecast_on, on(trained, tmp_path / "run", data, domain))
         with xr.open_zarr(tmp_path / "run" / "forecast.zarr", consolidated=False) as store:
+            assert store.b.encoding["chunks"] == (1, 1, rows, 16)
             xr.testing.assert_allclose(store.load(), serial, rtol=1e-6)
 
 
