@@ -44,6 +44,24 @@ def base(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> Path:
+    """The quickstart on six days, in float64, with its data, and the losses of one process in `serial/`."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    raw = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    raw["run"] = str(folder / "serial")
+    first, middle, last = "2011-01-21 06:00", "2011-01-22 06:00", "2011-01-23"
+    raw["data"].update(train=["2011-01-15", first], valid=[first, middle], test=[middle, last])
+    raw["trainer"].update(dtype="float64", epochs=1)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    assert main(["train", str(path), "--set", "trainer.parallelism.domain=1"]) == 0
+    raw["data"].update(path=str(folder / "serial" / "demo.zarr"), stats=str(folder / "serial" / "stats.nc"))
+    path.write_text(yaml.safe_dump(raw))
+    assert len(losses(folder / "serial")) == 3
+    return path
+
+
 def environment(**more: str) -> dict[str, str]:
     dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     env = {name: value for name, value in cluster.env().items() if name not in dropped}
@@ -96,23 +114,23 @@ WAYS: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_launcher_gives_the_curve_of_one_process(slurm, base: Path, tmp_path: Path, way: str) -> None:
+def test_every_launcher_gives_the_curve_of_one_process(slurm, quickstart: Path, tmp_path: Path, way: str) -> None:
     folder = tmp_path / "run"
     options = ["--set", f"run={folder}"]
-    command = [word.replace("CONFIG", str(base)).replace("OPTIONS", " ".join(options)) for word in WAYS[way]]
+    command = [word.replace("CONFIG", str(quickstart)).replace("OPTIONS", " ".join(options)) for word in WAYS[way]]
     if command[0] == "sbatch":
         command[1:1] = [f"--output={tmp_path}/job.log"]
     done = run(*command, *([] if "OPTIONS" in WAYS[way][-1] else options))
     assert done.returncode == 0, (tmp_path / "job.log").read_text() if command[0] == "sbatch" else done.stdout
-    same_curve(base, folder)
+    same_curve(quickstart, folder)
 
 
 @pytest.mark.parametrize("site", ["generic_slurm", "local"])
-def test_a_job_submitted_from_python(slurm, base: Path, tmp_path: Path, site: str) -> None:
+def test_a_job_submitted_from_python(slurm, quickstart: Path, tmp_path: Path, site: str) -> None:
     """By a process that never imports torch, as on a login node."""
     code = (
         "import sys; from credit.launch import submit\n"
-        f"s = submit({str(base)!r}, site={site!r}, nodes={2 if site != 'local' else 1},\n"
+        f"s = submit({str(quickstart)!r}, site={site!r}, nodes={2 if site != 'local' else 1},\n"
         f"    ranks_per_node={2 if site != 'local' else 4}, changes=['run={tmp_path}/run'])\n"
         "assert 'torch' not in sys.modules\n"
         "print(s, flush=True)\n"
@@ -126,7 +144,7 @@ def test_a_job_submitted_from_python(slurm, base: Path, tmp_path: Path, site: st
     done = run(PYTHON, "-c", code)
     assert done.returncode == 0
     assert re.search(r"job \d+, log /.*_log.out", done.stdout)
-    same_curve(base, tmp_path / "run")
+    same_curve(quickstart, tmp_path / "run")
 
 
 def weights(folder: Path, config: Path, options: list[str]) -> dict[str, torch.Tensor]:
