@@ -31,10 +31,11 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
+from credit.config import load_config
 from credit.domain_parallel import DomainParallelManager, convert_to_domain_parallel, layers, shard_tensor
 from credit.domain_parallel.manager import Traffic
 from credit.domain_parallel.rules import windows
-from credit.models import DOMAIN_CONVERTERS
+from credit.models import DOMAIN_CONVERTERS, build_model
 from credit.models.unet import UNet
 
 
@@ -50,10 +51,17 @@ class ConvNeXtBlock(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(self.mix(x)))))
 
 
+def model_of(config: str, grid: tuple[int, int]) -> nn.Module:
+    return build_model(load_config(f"configs/{config}.yaml").model, 5, 3, grid)
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv": (lambda: nn.Conv2d(32, 32, 3, padding=1), (1, 32, 361, 720)),
     "convnext": (lambda: nn.Sequential(*[ConvNeXtBlock(16) for _ in range(3)]), (1, 16, 361, 360)),
     "unet": (lambda: UNet(8, 8, (361, 720), width=16, levels=2), (1, 8, 361, 720)),
+    "wxformer": (lambda: model_of("wxformer_demo", (181, 360)), (1, 5, 181, 360)),
+    "diffusion": (lambda: model_of("unet_diffusion_demo", (181, 360)), (1, 5, 181, 360)),
+    "pangu": (lambda: model_of("pangu_demo", (181, 360)), (1, 5, 181, 360)),
     "unet-globe": (lambda: UNet(8, 8, (721, 1440), width=16, levels=2), (1, 8, 721, 1440)),
 }
 KEEPS_ROWS = windows.keeps_rows

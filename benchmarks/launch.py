@@ -30,7 +30,7 @@ from credit.launch.job import _agree, start_job
 from credit.launch.ranks import Claim
 from credit.launch.rendezvous import Arrival, _host, _visit, number
 from credit.layout import MeshShape, straddling
-from credit.parallel.collectives import all_sum, gather_objects
+from credit.parallel.collectives import all_sum, gather_objects, numbers_of_ranks
 from credit.training.train import TrainingRun
 
 
@@ -52,20 +52,25 @@ def on_ranks(rank: int, ranks: int, folder: str, steps: int) -> None:
         loader = run.loaders["train"]
         batch = next(iter(loader.loader))
         first = seconds(lambda: loader._compare(checksum(batch, loader.whole), 0))
-        step, compare, flags = [], [], []
+        step, compare, loss, flags = [], [], [], []
+        share = torch.zeros((), dtype=torch.float64)
         for number in range(1, steps + 1):
             step.append(seconds(lambda: run.train_step(batch, 0)))
             dist.barrier()
             compare.append(seconds(lambda number=number: loader._compare(checksum(batch, loader.whole), number)))
-            flags.append(seconds(lambda: all_sum(torch.zeros(2, dtype=torch.int32))))
-        mine = (agree, contract, first, *(statistics.median(one) for one in (step, compare, flags)))
-        agree, contract, first, each, compared, flagged = map(max, zip(*gather_objects(mine), strict=True))
-        share = 100 * compared / loader.every / each
+            dist.barrier()
+            loss.append(seconds(lambda: all_sum(share)))
+            dist.barrier()
+            flags.append(seconds(lambda: numbers_of_ranks(share, False, False, 0.0)))
+        mine = (agree, contract, first, *(statistics.median(one) for one in (step, compare, loss, flags)))
+        agree, contract, first, each, compared, alone, flagged = map(max, zip(*gather_objects(mine), strict=True))
+        percent = 100 * compared / loader.every / each
         job.say(
             f"{ranks} ranks, before the first step: config, versions, devices {agree:.3f} s, sampler contract "
             f"{contract:.3f} s, first batch {first:.3f} s; together {agree + contract + first:.3f} s\n"
             f"in a step of {each:.3f} s: comparison of batches, every {loader.every}th, {1e3 * compared:.2f} ms = "
-            f"{share:.3f} % of the time; stop and failure flags {1e3 * flagged:.2f} ms = {100 * flagged / each:.3f} %"
+            f"{percent:.3f} % of the time; a message with the loss {1e3 * alone:.2f} ms, with the loss and what all "
+            f"say of the next batch and of stopping {1e3 * flagged:.2f} ms"
         )
 
 

@@ -33,6 +33,7 @@ Exit code 0 if the sharded model is exact, 1 if it is not, 2 if it is refused or
 
 PLAN_EXAMPLES = """examples:
   credit plan configs/quickstart.yaml --gpus 8 --gpu-memory 40
+  credit plan my.yaml --site frontier --nodes 16
   credit plan my.yaml --gpus 256 --gpu-memory 80 --gpus-per-node 8 --set trainer.amp=bf16
 """
 
@@ -128,9 +129,11 @@ def _parser() -> argparse.ArgumentParser:
     planned = _verb(
         verbs, "plan", _plan, "memory and traffic of a rank on every mesh of some devices, without any device"
     )
-    planned.add_argument("--gpus", type=int, required=True, help="devices in all")
-    planned.add_argument("--gpu-memory", type=float, required=True, metavar="GB", help="memory of each, in 1e9 bytes")
-    planned.add_argument("--gpus-per-node", type=int, default=4, help="default: 4")
+    planned.add_argument("--site", default=None, help="a name in hpc/sites, which knows its GPUs")
+    planned.add_argument("--nodes", type=int, default=1, help="of the site (default: 1)")
+    planned.add_argument("--gpus", type=int, default=None, help="devices in all, without a site")
+    planned.add_argument("--gpu-memory", type=float, default=None, metavar="GB", help="memory of each, in 1e9 bytes")
+    planned.add_argument("--gpus-per-node", type=int, default=None, help="default: the site's, or 4")
     planned.epilog, planned.formatter_class = PLAN_EXAMPLES, argparse.RawDescriptionHelpFormatter
     export = _verb(verbs, "export", _export, "write the newest checkpoint's weights as one plain state dict")
     export.add_argument("path", type=Path, help="the file to write, for torch.load or trainer.init_from")
@@ -277,7 +280,18 @@ def _parity(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> None:
     from credit.training.plan import plan
 
-    print(plan(_load(arguments), arguments.gpus, arguments.gpu_memory, arguments.gpus_per_node))
+    config = _load(arguments)
+    site = None
+    if arguments.site is not None:
+        from credit.launch.sites import load_site
+
+        site = load_site(arguments.site)
+    per_node = arguments.gpus_per_node or (site.gpus_per_node if site else 4)
+    gpus = arguments.gpus or (arguments.nodes * per_node if site else None)
+    memory = arguments.gpu_memory or (site.gpu_memory if site else None)
+    if gpus is None or memory is None:
+        raise ConfigError("which devices? Give --gpus and --gpu-memory, or a --site that knows its GPUs' memory")
+    print(plan(config, gpus, memory, per_node))
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -74,8 +74,8 @@ def plot_scores(config: Config, scores: Scores) -> Path:
                     axis.plot(scores.lead_hours, line, color=colour, label=forecast, marker=".", ms=3)
             axis.set_title(title, loc="left", fontsize=10)
             axis.grid(alpha=0.3)
-        for axis in axes[:2, column]:
-            axis.set_ylim(bottom=0)
+        axes[0, column].set_ylim(bottom=0)
+        axes[1, column].set_ylim(top=1)
         axes[2, column].axhline(0, color="black", lw=0.6)
         axes[2, column].set_xlabel("lead time [h]")
     axes[0, 0].legend(frameon=False, fontsize=9)
@@ -95,7 +95,9 @@ def plot_spectra(config: Config, scores: Scores) -> Path:
     figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
     waves = np.arange(1, scores.power.shape[-1])
     for axis, channel in zip(axes[0], shown, strict=True):
-        axis.loglog(waves, scores.power[truth, leads[0], channel, 1:], color="black", lw=1.5, label="truth")
+        power = scores.power[truth, leads[0], channel, 1:]
+        axis.loglog(waves, power, color="black", lw=1.5, label="truth")
+        axis.set_ylim(bottom=1e-8 * power.max())  # rounding aside
         for shade, lead in zip(np.linspace(0.4, 1, len(leads)), leads, strict=True):
             label = f"{config.model.name}, {scores.lead_hours[lead]} h"
             line = scores.power[model, lead, channel, 1:]

@@ -7,6 +7,10 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+import zarr
+
+from credit.data.statistics import Statistics
+from credit.data.store import FieldStore, stored_names
 
 GRID = (13, 16)
 START = np.datetime64("2020-01-01", "ns")
@@ -43,6 +47,30 @@ def write_zarr(path: Path, data: xr.Dataset, rows_per_chunk: int = 4) -> Path:
     }
     data.to_zarr(path, mode="w", consolidated=False, encoding=encoding)
     return path
+
+
+def write_empty(path: Path, data: Any, grid: tuple[int, int]) -> None:
+    """A store of what a config's `data` wants, 6-hourly from 1979 to 2020, with no chunk of it; and statistics."""
+    levels, times = np.array(data.levels), 61_368
+    group = zarr.open_group(path, mode="w")
+    axes = {
+        "time": (6 * np.arange(times), {"units": "hours since 1979-01-01", "calendar": "proleptic_gregorian"}),
+        "level": (levels, {}),
+        "latitude": (np.linspace(90, -90, grid[0]), {}),
+        "longitude": (np.arange(grid[1]) * 360 / grid[1], {}),
+    }
+    for name, (values, attributes) in axes.items():
+        group.create_array(name, data=values, dimension_names=[name], attributes=attributes)
+    upper = [name for name in data.variables if not name.startswith(("2m_", "10m_", "mean_sea"))]
+    for name in [*data.variables, *stored_names(data.statics)]:
+        dims = ("time",) * (name in data.variables) + ("level",) * (name in upper) + ("latitude", "longitude")
+        shape = tuple(len(axes[dim][0]) for dim in dims)
+        chunks = (1, *shape[1:]) if dims[0] == "time" else shape
+        group.create_array(name, shape=shape, chunks=chunks, dtype="float32", dimension_names=dims)
+    names = [channel.name for channel in FieldStore(path).channels(data.variables, data.levels)]
+    ones = dict.fromkeys([*names, *stored_names([*data.statics, *data.forcings])], 1.0)
+    climatology = xr.DataArray(np.zeros((1, 1, 1), np.float32), dims=("c", "y", "x"))
+    Statistics(ones, ones, dict.fromkeys(names, 1.0), climatology).save(path.with_suffix(".nc"))
 
 
 def conf(run: Path, store: Path, **trainer: Any) -> dict[str, Any]:

@@ -12,10 +12,16 @@ import torch
 import yaml
 
 from credit.cli import main
+from credit.config import load_config
 from credit.domain_parallel import DomainParallelError, ParityReport
-from tests.stores import conf, dataset, write_zarr
+from credit.training.preflight import preflight
+from tests.stores import conf, dataset, write_empty, write_zarr
 
-QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+CONFIGS = Path(__file__).parent.parent / "configs"
+QUICKSTART = CONFIGS / "quickstart.yaml"
+DEMOS = sorted(CONFIGS.glob("*_demo.yaml"))
+GRIDS = {"1deg": (181, 360), "0p25deg": (721, 1440)}
+LARGE = [path for path in sorted(CONFIGS.glob("*.yaml")) if path.stem.rpartition("_")[2] in GRIDS]
 DEADLINE_S = 120
 
 
@@ -45,6 +51,29 @@ def test_the_quickstart_is_exact_on_two_ranks_and_nothing_is_written(tmp_path) -
     assert "parameter gradient        57" in done.stdout
     assert done.stdout.count("parity over") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.stem)
+def test_the_demos_are_exact_on_two_ranks(path: Path, tmp_path) -> None:
+    done = check(str(path), "--ranks", "2", where=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "random fields of 61 x 120" in done.stdout
+    assert "parity over 2 domain ranks, torch.float64: exact to 1e-09" in done.stdout
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_large_configs_are_accepted_for_a_store_that_has_their_fields(path: Path, tmp_path) -> None:
+    store = tmp_path / "era5.zarr"
+    write_empty(store, load_config(path).data, GRIDS[path.stem.rpartition("_")[2]])
+    changes = [f"data.path={store}", f"data.stats={store.with_suffix('.nc')}", f"run={tmp_path / 'run'}"]
+    findings = preflight(str(path), changes, 32)
+    assert [finding for finding in findings if finding.severity != "ok"] == []
+    assert any("a rank needs" in finding.message for finding in findings)
+
+
+def test_there_are_demos_and_large_configs() -> None:
+    assert len(DEMOS) == 3
+    assert {path.stem.rpartition("_")[2] for path in LARGE} == set(GRIDS)
 
 
 def test_a_store_of_ones_own_under_torchrun(config) -> None:

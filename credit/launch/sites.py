@@ -34,6 +34,8 @@ class Site(BaseModel):
     scheduler: Scheduler
     """The one that runs there."""
     gpus_per_node: Annotated[int, Field(ge=1)]
+    gpu_memory: Annotated[float, Field(gt=0)] | None = None
+    """Of each, in GB."""
     cores_per_node: Annotated[int, Field(ge=1)]
     """Cores that jobs may use."""
     walltime: Annotated[str, Field(pattern=r"^\d+:\d\d:\d\d$")]

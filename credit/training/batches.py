@@ -9,41 +9,51 @@ import torch
 from torch import Tensor
 
 from credit.launch.stop import StopRequest
-from credit.parallel.collectives import all_max, describe, gather_objects, share_failure
+from credit.parallel.collectives import describe, gather_objects, numbers_of_ranks, share_failure
 
 
 class AgreedBatches:
     """The batches; if reading one fails on any rank, all ranks stop with what it said.
 
-    If any rank has a stop request, the last that comes is None, on every rank at the same step. One small all_reduce a
-    batch: without it, peers would wait for the failing rank until their timeout.
+    If any rank has a stop request, the last that comes is None, on every rank at the same step. What ranks have to say
+    of the next batch goes with the loss of the one before, in the one small message that a step needs anyway; without
+    it, peers would wait for a failing rank until their timeout.
+
+        for batch in batches:
+            loss = batches.total(share_of_loss(batch))      # once for each batch
 
     Attributes:
-        waited: seconds that the rank which waited longest for the last batch has waited for it.
+        waited: seconds that the rank which waited longest has waited for the batch that comes next.
     """
 
     def __init__(
         self, batches: Iterable[dict[str, Tensor]], device: torch.device, request: StopRequest | None = None
     ) -> None:
-        self._batches, self._device, self._request = batches, device, request
+        self._batches, self._device, self._request = iter(batches), device, request
         self.waited = 0.0
 
     def __iter__(self) -> Iterator[dict[str, Tensor] | None]:
-        iterator = iter(self._batches)
+        self.total(torch.zeros((), dtype=torch.float64, device=self._device))
         while True:
-            batch, error = None, None
-            begin = time.perf_counter()
-            try:
-                batch = next(iterator, None)
-            except Exception as caught:
-                error = caught
-            told = [error is not None, bool(self._request), time.perf_counter() - begin]
-            failed, stop, self.waited = all_max(torch.tensor(told, dtype=torch.float64, device=self._device)).tolist()
-            if failed:
-                share_failure(gather_objects(None if error is None else describe(error)), "reading a batch", error)
-            if batch is None:
+            if self._failed:
+                said = gather_objects(None if self._error is None else describe(self._error))
+                share_failure(said, "reading a batch", self._error)
+            if self._batch is None:
                 return
-            if stop:
+            if self._stop:
                 yield None
                 return
-            yield batch
+            yield self._batch
+
+    def total(self, share: Tensor) -> float:
+        """The sum over all ranks of `share`, a float64 number on the device; and what all say of the next batch."""
+        self._batch, self._error = None, None
+        begin = time.perf_counter()
+        try:
+            self._batch = next(self._batches, None)
+        except Exception as caught:
+            self._error = caught
+        told = (self._error is not None, bool(self._request), time.perf_counter() - begin)
+        shares, failed, stop, waited = zip(*numbers_of_ranks(share, *told), strict=True)
+        self._failed, self._stop, self.waited = any(failed), any(stop), max(waited)
+        return sum(shares)

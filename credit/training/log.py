@@ -93,7 +93,7 @@ class StepLog:
         seconds: float,
         waited: float,
     ) -> None:
-        """One optimiser step that took `seconds`, after its data had been waited for."""
+        """One optimiser step that took `seconds`, and then so long a wait for the data of the next."""
         if not self._active:
             return
         self._train.write(step, epoch, repr(loss), repr(norm), f"{rate:.6g}", f"{seconds:.4f}", f"{waited:.4f}")

@@ -22,7 +22,7 @@ from credit.launch.contract import enforce_sampler_contract
 from credit.launch.job import Job
 from credit.launch.stop import StopRequest
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
-from credit.parallel.collectives import all_sum, clip_grad_norm_, together
+from credit.parallel.collectives import clip_grad_norm_, together
 from credit.parallel.ema import EMA
 from credit.parallel.fsdp2 import synchronize_gradients
 from credit.parallel.parallelize import reduce_gradients
@@ -127,8 +127,8 @@ class TrainingRun:
         for change, target in zip(steps, fields["y"].unbind(1), strict=True):
             yield self.loss(change, target, batch["weight"]) / self.trainer.rollout
 
-    def train_step(self, batch: dict[str, Tensor], step: int) -> tuple[float, float, float]:
-        """One optimiser step; (global mean loss, gradient norm, learning rate)."""
+    def train_step(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor, float]:
+        """One optimiser step; (this rank's share of the global mean loss, gradient norm, learning rate)."""
         # Random numbers are a function of the step, so that a resumed run draws what an uninterrupted one does.
         torch.manual_seed(hash((self.trainer.seed, step, self.job.coords.dp)) % 2**63)
         share = self._backward(batch)
@@ -141,10 +141,12 @@ class TrainingRun:
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update()
-        return float(self.sum_of_shares(share)), float(norm), rate
+        return share, norm, rate
 
     def _backward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Gradients on this rank, one part of the batch after another; its share of the mean loss.
+        """Gradients on this rank, one part of the batch after another; its share of the mean loss, float64.
+
+        Tensor-parallel peers have the same loss, and share it.
 
         Steps of a rollout that are detached have a backward each, so that one is kept in memory at a time.
         """
@@ -161,23 +163,21 @@ class TrainingRun:
                     loss = torch.stack(list(islice(losses, at_once))).sum() / self.trainer.batch_size
                     (loss * ranks).backward()  # averaged over `ranks`, the gradients are those of the global mean
                 share += loss.detach()
-        return share
-
-    def sum_of_shares(self, share: Tensor) -> Tensor:
-        """The sum over all samples and rows; tensor-parallel peers have the same share."""
-        return all_sum(share) / self.job.shape.tp
+        return share / self.job.shape.tp
 
     @torch.no_grad()
     def validate(self) -> float:
         """Global mean loss over the validation period, of the averaged weights if there are any."""
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.job.device)
+        total = 0.0
         with self.ema.in_place_of_weights() if self.ema is not None else nullcontext():
-            for batch in AgreedBatches(self.loaders["valid"], self.job.device):
+            batches = AgreedBatches(self.loaders["valid"], self.job.device)
+            for batch in batches:
                 assert batch is not None
-                total += torch.stack(list(self.shares_of_loss(batch))).sum().double()
+                share = torch.stack(list(self.shares_of_loss(batch))).sum().double()
+                total += batches.total(share / self.job.shape.tp)
         self.model.train()
-        return float(self.sum_of_shares(total)) / self.samplers["valid"].samples
+        return total / self.samplers["valid"].samples
 
     def resume(self) -> int:
         """Load the newest good checkpoint, if there is one; the step to go on with."""
@@ -244,12 +244,13 @@ class TrainingRun:
                 signal = f" by {request.received}" if request else ""
                 raise Stopped(f"at step {step} of {self.steps}{signal}, and saved: the same command goes on from there")
             begin = time.perf_counter()
-            loss, norm, rate = self.train_step(batch, step)
+            share, norm, rate = self.train_step(batch, step)
+            loss = batches.total(share)
+            seconds = time.perf_counter() - begin - batches.waited
             step += 1
             trained.losses.append(loss)
-            trained.gradient_norms.append(norm)
-            seconds = time.perf_counter() - begin
-            log.step(step, epoch + 1, loss, norm, rate, self.trainer.batch_size, seconds, batches.waited)
+            trained.gradient_norms.append(float(norm))
+            log.step(step, epoch + 1, loss, float(norm), rate, self.trainer.batch_size, seconds, batches.waited)
             if not math.isfinite(loss):
                 raise CreditError(
                     f"the loss is {loss} at step {step}: lower trainer.learning_rate, or set trainer.clip; "

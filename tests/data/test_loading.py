@@ -143,6 +143,12 @@ def slowly(sample: int) -> dict[str, torch.Tensor]:
     return {"sample": torch.tensor([sample])}
 
 
+def waited_for(batches: AgreedBatches) -> float:
+    waited = batches.waited
+    assert batches.total(torch.ones((), dtype=torch.float64)) == 2
+    return waited
+
+
 def seconds_and_message(workers: int) -> tuple[list[float], str]:
     may_have_workers()
     whole = {"trainer": {"parallelism": {"data": "none", "tensor": 1, "domain": 2}}}
@@ -150,7 +156,7 @@ def seconds_and_message(workers: int) -> tuple[list[float], str]:
     batches = AgreedBatches(checked, torch.device("cpu"))
     waited: list[float] = []
     with pytest.raises(CreditError) as caught:
-        read((batches.waited for _ in batches), waited)
+        read((waited_for(batches) for _ in batches), waited)
     return waited, str(caught.value)
 
 

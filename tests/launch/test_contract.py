@@ -204,11 +204,11 @@ def read_until_it_fails(bad: int) -> tuple[int, str]:
     dataset.bad = range(4 * bad, 4 * bad + 4)
     loader = by_sampler(lambda r, n: distributed(r, n, shuffle=False), dataset)
     batches = AgreedBatches(enforce_sampler_contract(loader, CONF, whole=["x"], every=2), torch.device("cpu"))
-    seen = 0
+    totals: list[float] = []
     with pytest.raises((OSError, CreditError)) as caught:
-        for seen, _ in enumerate(batches, 1):  # noqa: B007
-            pass
-    return seen, str(caught.value)
+        totals.extend(batches.total(torch.ones((), dtype=torch.float64)) for _ in batches)
+    assert all(total == 4 for total in totals)
+    return len(totals), str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2, 4], ids=["told to all", "not compared", "compared", "compared again"])

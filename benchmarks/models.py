@@ -1,0 +1,155 @@
+"""The shipped models on one device: a training step against straightforward code, and where its time goes.
+
+    python -m benchmarks.models
+    python -m benchmarks.models --grid 181 360 --config configs/wxformer_1deg.yaml --batch 1
+
+One thread, alternated, medians. "written out" has attention as softmax(q k' / sqrt(n) + bias) v instead of torch's
+fused kernels; "plain" is the model in a loop written by hand; "credit" is the same model as `credit train` runs it on
+one device, clipping included. Floating-point operations are counted by torch.utils.flop_counter, over those of a large
+product of matrices measured in the same run; "kept" are the tensors kept for the backward, counted exactly. Shares are
+of the operators' own time in a step, by torch.profiler. 2 ranks against 1: benchmarks/domain_parallel.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.domain_parallel import keep_freed_memory, kept_bytes
+from credit.config import load_config
+from credit.models import DOMAIN_CONVERTERS, build_model
+from credit.parallel.collectives import clip_grad_norm_
+from credit.parallel.mesh import build_device_mesh
+from credit.parallel.parallelize import parallelize, reduce_gradients
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+CHANNELS = (5, 3)
+ONE = {"trainer": {"parallelism": {"data": "none", "tensor": 1, "domain": 1}}}
+KINDS = {
+    "convolution": ("conv",),
+    "attention": ("attention", "softmax"),
+    "products": ("mm", "linear", "einsum"),
+    "copies": ("copy_", "cat", "clone", "index", "roll", "pad", "gather"),
+}
+"""Words in the names of operators; the first kind that has one."""
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+    return torch.softmax(scores if attn_mask is None else scores + attn_mask, -1) @ v
+
+
+@contextmanager
+def attention_written_out() -> Iterator[None]:
+    fused, F.scaled_dot_product_attention = F.scaled_dot_product_attention, written_out
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = fused
+
+
+def by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    (model(x) - y).square().mean().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def by_credit(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    (model(x) - y).square().mean().backward()
+    reduce_gradients(model, None, ONE)
+    clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def peak_flops(size: int = 1024) -> float:
+    """Of one multiplication of matrices, the best of some, per second."""
+    a, b = torch.randn(2, size, size)
+    return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(10))
+
+
+def seconds(function: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def shares(step: Callable[[], None]) -> dict[str, float]:
+    with torch.profiler.profile() as profiler:
+        step()
+    times = dict.fromkeys([*KINDS, "other"], 0.0)
+    for event in profiler.key_averages():
+        if event.key.startswith("aten::"):
+            kind = next((kind for kind, words in KINDS.items() if any(word in event.key for word in words)), "other")
+            times[kind] += event.self_cpu_time_total
+    return {kind: taken / sum(times.values()) for kind, taken in times.items()}
+
+
+def row(config: Path, grid: tuple[int, int], batch: int, repeats: int) -> str:
+    block = load_config(config).model
+    torch.manual_seed(0)
+    x, y = torch.randn(batch, CHANNELS[0], *grid), torch.randn(batch, CHANNELS[1], *grid)
+    mesh, _ = build_device_mesh({"data": "none", "tensor": 1, "domain": 1}, "cpu")
+    runs: dict[str, Callable[[], None]] = {}
+    for name in ("written out", "plain", "credit"):
+        model = build_model(block, *CHANNELS, grid)
+        if name == "credit":
+            model = parallelize(model, mesh, ONE, None, DOMAIN_CONVERTERS)
+        optimizer = torch.optim.AdamW(model.parameters())
+        runs[name] = partial(by_credit if name == "credit" else by_hand, model, optimizer, x, y)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            if name == "written out":
+                with attention_written_out():
+                    taken = seconds(run)
+            else:
+                taken = seconds(run)
+            if repeat:
+                times[name].append(taken)
+    step = {name: statistics.median(taken) for name, taken in times.items()}
+    kept = kept_bytes(model, x)
+    with attention_written_out():
+        kept_written_out = kept_bytes(model, x)
+    with FlopCounterMode(display=False) as counter:
+        runs["plain"]()
+    flops = counter.get_total_flops()
+    parts = " ".join(f"{share:11.0%}" for share in shares(runs["plain"]).values())
+    return (
+        f"{block.name:16s} {batch / step['plain']:9.2f} {step['written out'] / step['plain']:11.2f} "
+        f"{step['credit'] / step['plain']:7.3f} {kept / 1e6:9.1f} {kept_written_out / kept:11.2f}  {flops / 1e9:7.1f} "
+        f"{flops / step['plain'] / peak_flops():6.0%} {parts}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, nargs="+", default=sorted(CONFIGS.glob("*_demo.yaml")))
+    parser.add_argument("--grid", type=int, nargs=2, default=(61, 120), metavar=("LATITUDES", "LONGITUDES"))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    print(
+        "                           step / plain          kept, MB,     / plain           of       share of time\n"
+        "model            samples/s written out  credit     plain written out   GFLOP   peak "
+        + " ".join(f"{kind:>11s}" for kind in [*KINDS, "other"])
+    )
+    for config in args.config:
+        print(row(config, tuple(args.grid), args.batch, args.repeats), flush=True)
+
+
+if __name__ == "__main__":
+    main()
