@@ -81,16 +81,6 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
-def numbers_of_ranks(first: Tensor, *others: float) -> list[list[float]]:
-    """What every rank has, on every rank, in one message: `first`, a float64 number on the device, and `others`."""
-    mine = torch.cat([first.reshape(1), first.new_tensor(others)])
-    if not dist.is_initialized():
-        return [mine.tolist()]
-    everyone = mine.new_empty(dist.get_world_size(), len(mine))
-    dist.all_gather(list(everyone.unbind()), mine)
-    return everyone.tolist()
-
-
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank if `flag` is on any."""
     if not dist.is_initialized():

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from credit.launch.stop import StopRequest
-from credit.parallel.collectives import describe, gather_objects, numbers_of_ranks, share_failure
+from credit.parallel.collectives import all_sum, describe, gather_objects, share_failure
+
+NORM = 64
+"""Of the ranks' waits: a sum then tells the largest, 3 % more for 8 ranks that wait alike, 14 % for 4,096."""
 
 
 class AgreedBatches:
@@ -53,7 +56,7 @@ class AgreedBatches:
             self._batch = next(self._batches, None)
         except Exception as caught:
             self._error = caught
-        told = (self._error is not None, bool(self._request), time.perf_counter() - begin)
-        shares, failed, stop, waited = zip(*numbers_of_ranks(share, *told), strict=True)
-        self._failed, self._stop, self.waited = any(failed), any(stop), max(waited)
-        return sum(shares)
+        told = [self._error is not None, bool(self._request), (time.perf_counter() - begin) ** NORM]
+        total, failed, stop, waited = all_sum(torch.cat([share.reshape(1), share.new_tensor(told)])).tolist()
+        self._failed, self._stop, self.waited = failed > 0, stop > 0, waited ** (1 / NORM)
+        return total
