@@ -70,8 +70,8 @@ def on_ranks(rank: int, ranks: int, folder: str, steps: int) -> None:
             f"{contract:.3f} s, first batch {first:.3f} s; together {agree + contract + first:.3f} s\n"
             f"in a step of {each:.3f} s: comparison of batches, every {loader.every}th, {1e3 * compared:.2f} ms = "
             f"{percent:.3f} % of the time; what all say of the next batch and of stopping, which goes with the loss, "
-            f"{1e3 * (flagged - alone):.2f} ms = {100 * (flagged - alone) / each:.3f} % (a message of {1e3 * flagged:.2f} "
-            f"ms, of the loss alone {1e3 * alone:.2f} ms)"
+            f"{1e3 * (flagged - alone):.2f} ms = {100 * (flagged - alone) / each:.3f} % (a message of "
+            f"{1e3 * flagged:.2f} ms, of the loss alone {1e3 * alone:.2f} ms)"
         )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
 from credit.domain_parallel.manager import DomainParallelManager, Traffic
@@ -30,12 +31,13 @@ ADAMW_STATES = 2
 """Tensors of AdamW for each parameter: the moments."""
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that are made while it is on, and are alive: `now`, and at most, `peak`."""
+class Meter(TorchDispatchMode):
+    """Counts what is done while it is on: floating-point operations of convolutions and products of matrices, `flops`;
+    bytes of storages that are made and alive, `now`, and at most, `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.flops = self.now = self.peak = 0
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def ignore(self, tensors: Any) -> None:
@@ -45,6 +47,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._meet(leaf.untyped_storage())
@@ -108,6 +112,7 @@ class StepCost:
     Attributes:
         parameters, optimizer: what is kept between steps.
         step: what a step adds at its worst moment: activations, gradients, gathered parameters.
+        flops: floating-point operations of convolutions and products of matrices, forward and backward.
         domain, tensor, data: sent by this rank over the domain, tp and dp x domain groups; sums as a ring does them.
         collectives: number of collective calls, all groups.
         messages: number of halo messages.
@@ -116,6 +121,7 @@ class StepCost:
     parameters: int
     optimizer: int
     step: int
+    flops: int
     domain: int
     tensor: int
     data: int
@@ -132,6 +138,7 @@ class _Simulated:
     """What does not depend on the number of replicas: see `StepCost`."""
 
     peak: int
+    flops: int
     weights: _Weights
     domain: Traffic
     tensor: Traffic
@@ -191,6 +198,7 @@ class Planner:
             parameters=weights.stored // sharded,
             optimizer=ADAMW_STATES * weights.stored // sharded,
             step=found.peak + weights.beside_step(sharded, reduced, data),
+            flops=passes * found.flops,
             domain=passes * (domain.bytes + _ring(domain.collective_bytes, shape.domain)),
             tensor=passes * _ring(tensor.collective_bytes, shape.tp),
             data=weights.sent(sharded, reduced, self.forwards),
@@ -217,22 +225,24 @@ class Planner:
         model.to(dtype)
         x = torch.zeros(samples, channels, rows, longitudes, dtype=dtype, device="meta")
         with _gradients_leave(model) if sharded else nullcontext():
-            peak = _peak(model, x, self.together) + (1 + trainer.get("rollout", 1)) * x.nbytes  # the input, and targets
-        return _Simulated(peak, _Weights(model, blocks, trainer), manager.traffic, channel_group.counted)
+            meter = _measured(model, x, self.together)
+        peak = meter.peak + (1 + trainer.get("rollout", 1)) * x.nbytes  # the input, and targets
+        weights = _Weights(model, blocks, trainer)
+        return _Simulated(peak, meter.flops, weights, manager.traffic, channel_group.counted)
 
 
-def _peak(model: nn.Module, x: Tensor, steps: int) -> int:
-    """Bytes alive at the worst moment of a rollout and its backward, without the parameters and the input."""
-    live = LiveBytes()
-    live.ignore([*model.parameters(), *model.buffers(), x])
-    with live:
+def _measured(model: nn.Module, x: Tensor, steps: int) -> Meter:
+    """A rollout and its backward; bytes without the parameters and the input."""
+    meter = Meter()
+    meter.ignore([*model.parameters(), *model.buffers(), x])
+    with meter:
         y = model(x)
         loss = y.square().mean()
         for _ in range(1, steps):
             y = y + model(torch.cat([x[:, : y.shape[1]] + y, x[:, y.shape[1] :]], dim=1))
             loss = loss + y.square().mean()
         loss.backward()
-    return live.peak
+    return meter
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from credit.training.check import model_shape
 GB, MB = 1e9, 1e6
 INSIDE_BYTES_PER_S, ACROSS_BYTES_PER_S = 200e9, 25e9
 """Assumed of a device's links: NVLink 3 (A100, 300 GB/s a direction, two thirds of it), one 200 Gbit/s network port."""
+FLOPS_PER_S = {"bf16": 100e12, "none": 10e12}
+"""Assumed of a device, by `trainer.amp`: a third of what an A100 multiplies in bfloat16, half of it in float32."""
 HEADROOM = 0.9
 """Share of a device's memory that a step may take; the rest is for the libraries and fragmentation."""
 
@@ -27,9 +29,15 @@ class Layout:
     cost: StepCost
     inside: int
     across: int
+    flops_per_s: float
 
     @property
-    def seconds(self) -> float:
+    def computing_s(self) -> float:
+        """Of a step, at the assumed speed."""
+        return self.cost.flops / self.flops_per_s
+
+    @property
+    def sending_s(self) -> float:
         """Time on the wire of a step, at the assumed speeds."""
         return self.inside / INSIDE_BYTES_PER_S + self.across / ACROSS_BYTES_PER_S
 
@@ -58,10 +66,10 @@ def plan(config: Config, gpus: int, gpu_memory: float, gpus_per_node: int) -> st
         except (*USER_ERRORS, ValueError) as error:
             refused[shape] = str(error).splitlines()[0]
             continue
-        layouts.append(Layout(shape, cost, *_by_link(shape, cost, gpus_per_node)))
+        layouts.append(Layout(shape, cost, *_by_link(shape, cost, gpus_per_node), FLOPS_PER_S[config.trainer.amp]))
     if not layouts:
         raise ConfigError(f"{gpus} ranks make no mesh for this config; {'; '.join(_refusals(refused)[:4])}")
-    layouts.sort(key=lambda layout: (not _fits(layout, gpu_memory), layout.seconds))
+    layouts.sort(key=lambda layout: (not _fits(layout, gpu_memory), layout.computing_s + layout.sending_s))
     return "\n".join([*_table(layouts, gpu_memory), "", _recommendation(layouts, gpu_memory), *_refusals(refused)])
 
 
@@ -97,16 +105,17 @@ def _named(shape: MeshShape) -> str:
 def _table(layouts: list[Layout], gpu_memory: float) -> list[str]:
     unit, name = (GB, "GB") if layouts[0].cost.memory >= GB else (MB, "MB")
     lines = [
-        f"of a rank and step:  memory, {name}                           sent, MB",
-        "  dp   tp  domain  parameters  optimizer      step     total    inside    across  messages  collectives  fits",
+        f"of a rank and step:  memory, {name}                                       sent, MB",
+        "  dp   tp  domain  parameters  optimizer      step     total     GFLOP    inside    across  messages  calls"
+        "  fits",
     ]
     for layout in layouts:
         shape, cost = layout.shape, layout.cost
         memory = [f"{part / unit:9.3f}" for part in (cost.optimizer, cost.step, cost.memory)]
         lines.append(
             f"{shape.dp:4d} {shape.tp:4d} {shape.domain:7d} {cost.parameters / unit:11.3f}  {' '.join(memory)}"
-            f" {layout.inside / MB:9.1f} {layout.across / MB:9.1f} {cost.messages:9d} {cost.collectives:12d}"
-            f"  {'yes' if _fits(layout, gpu_memory) else 'no'}"
+            f" {cost.flops / 1e9:9.2f} {layout.inside / MB:9.1f} {layout.across / MB:9.1f} {cost.messages:9d}"
+            f" {cost.collectives:6d}  {'yes' if _fits(layout, gpu_memory) else 'no'}"
         )
     return lines
 
@@ -123,7 +132,8 @@ def _recommendation(layouts: list[Layout], gpu_memory: float) -> str:
     shape = best.shape
     return (
         f"Recommended: {_named(shape)}. Of the {sum(_fits(one, gpu_memory) for one in layouts)} that fit into "
-        f"{HEADROOM:.0%} of {gpu_memory:g} GB it spends least time on the wire: {1e3 * best.seconds:.2f} ms a step at "
+        f"{HEADROOM:.0%} of {gpu_memory:g} GB its step is shortest: {1e3 * best.computing_s:.2f} ms of computing at "
+        f"{best.flops_per_s / 1e12:.0f} TFLOP/s, {1e3 * best.sending_s:.2f} ms on the wire at "
         f"{INSIDE_BYTES_PER_S / GB:.0f} GB/s inside a node and {ACROSS_BYTES_PER_S / GB:.0f} GB/s across.\n"
         f"  --set trainer.parallelism.tensor={shape.tp} --set trainer.parallelism.domain={shape.domain}"
     )
