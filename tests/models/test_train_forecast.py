@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 import xarray as xr
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from credit.config import parse_config
 from credit.data.prepare import write_statistics
 from credit.launch.job import start_job
+from credit.models import build_model
 from credit.training.forecast import forecast
-from credit.training.train import train
+from credit.training.train import TrainingRun, train
 from tests.stores import conf, dataset, write_zarr
 
 HEIGHTS = (181, 721)
@@ -101,3 +105,36 @@ def test_a_trained_model_forecasts_as_on_one_device(worlds, serial, store, tmp_p
     for variable, values in forecasts(tmp_path).items():
         assert np.isfinite(values).all()
         np.testing.assert_allclose(values, wanted[variable], rtol=3e-7)  # stored in float32
+
+
+class Operators(TorchDispatchMode):
+    """The names of all that are run, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operators(model: nn.Module, x: torch.Tensor) -> list[str]:
+    with Operators() as seen:
+        model(x).square().mean().backward()
+    return seen.names
+
+
+@pytest.mark.parametrize("data", ["none", "ddp", "fsdp2"])
+@pytest.mark.parametrize("name", MODELS)
+def test_on_one_device_nothing_is_run_but_the_model(store, tmp_path, name: str, data: str) -> None:
+    raw = small(store / "on-a-mesh", name, 181)
+    raw["run"] = str(tmp_path / "run")
+    raw["trainer"]["parallelism"] = {"data": data, "tensor": 1, "domain": 1}
+    with start_job(lambda: parse_config(raw)) as job:
+        model = TrainingRun(job).model
+    plain = build_model(parse_config(raw).model, 6, 3, (181, 16)).double()
+    x = torch.randn(1, 6, 181, 16, dtype=torch.float64)
+    wanted, found = operators(plain, x), operators(model, x)
+    assert len(wanted) > 100
+    assert found == wanted
