@@ -9,12 +9,13 @@ RANKS ?= 4
 # One thread a rank: ranks share the cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help quickstart era5 test lint sif image clean
+.PHONY: help quickstart era5 test test-all lint sif image clean
 
 help:
 	@echo "make quickstart   set up, train the demo on 4 ranks, forecast, score (minutes on 2 cores)"
 	@echo "make era5         the same on the real ERA5 sample, on 2 ranks"
 	@echo "make test         set up, run the whole suite"
+	@echo "make test-all     the same, and every mesh for every model (half an hour more)"
 	@echo "make lint         ruff and mypy"
 	@echo "make sif          build credit.sif with apptainer (containers/build.sh --help: other bases)"
 	@echo "make image        build the image credit:latest with docker, podman or buildah"
@@ -35,6 +36,9 @@ era5: quickstart
 
 test: lint
 	$(BIN)/pytest
+
+test-all: lint
+	$(BIN)/pytest -m 'slow or not slow'
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
