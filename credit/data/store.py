@@ -53,8 +53,9 @@ class FieldStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.grid = self._checked(lambda: Grid(self._dataset.latitude.values, self._dataset.longitude.values))
-        self.times = self._dataset["time"].values
+        dataset = self._dataset
+        self.grid = self._checked(lambda: Grid(dataset.latitude.values, dataset.longitude.values))
+        self.times = dataset["time"].values
         if not np.issubdtype(self.times.dtype, np.datetime64) or np.any(np.diff(self.times) <= np.timedelta64(0)):
             raise DataError(f"{self.path}: time must be ascending dates")
 
