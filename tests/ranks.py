@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -91,6 +92,8 @@ class World:
 
 
 def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
+    # The server that forks ranks may be the one that loaders' workers are forked from, which is deaf to some signals.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     import torch
     import torch.distributed as dist
 

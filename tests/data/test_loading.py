@@ -25,7 +25,6 @@ from credit.data.sampler import DataParallelSampler, Draw
 from credit.errors import CreditError, DataError
 from credit.launch.contract import enforce_sampler_contract
 from credit.training.batches import AgreedBatches
-from tests.ranks import World
 from tests.stores import conf, dataset, write_zarr
 from tests.training.test_parity import curve
 from tests.training.test_resume import on, small
@@ -130,20 +129,6 @@ def test_an_error_in_a_worker_arrives_as_it_is() -> None:
 def test_a_worker_that_dies_is_told_of() -> None:
     with pytest.raises(DataError, match=r"exited unexpectedly: is there memory for data.workers: 1 x data.prefetch: 2"):
         next(iter(loader(dies)))
-
-
-@pytest.fixture
-def worlds() -> Iterator[Callable[[int], World]]:
-    """Ranks of these tests alone: they become parents of workers, which leaves its marks on a process."""
-    started: list[World] = []
-
-    def world(size: int) -> World:
-        started.append(World(size))
-        return started[-1]
-
-    yield world
-    for one in started:
-        one.close()
 
 
 def may_have_workers() -> None:
