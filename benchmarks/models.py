@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,11 +25,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.domain_parallel import keep_freed_memory, kept_bytes
+from benchmarks.launch import seconds
 from credit.config import load_config
 from credit.models import DOMAIN_CONVERTERS, build_model
 from credit.parallel.collectives import clip_grad_norm_
 from credit.parallel.mesh import build_device_mesh
-from credit.parallel.parallelize import parallelize, reduce_gradients
+from credit.parallel.parallelize import parallelize
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CHANNELS = (5, 3)
@@ -58,17 +58,9 @@ def attention_written_out() -> Iterator[None]:
         F.scaled_dot_product_attention = fused
 
 
-def by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, clip: Callable[..., Tensor], x: Tensor, y: Tensor) -> None:
     (model(x) - y).square().mean().backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def by_credit(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    (model(x) - y).square().mean().backward()
-    reduce_gradients(model, None, ONE)
-    clip_grad_norm_(model.parameters(), 1.0)
+    clip(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -79,15 +71,9 @@ def peak_flops(size: int = 1024) -> float:
     return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(10))
 
 
-def seconds(function: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
-
-
-def shares(step: Callable[[], None]) -> dict[str, float]:
+def shares(run: Callable[[], None]) -> dict[str, float]:
     with torch.profiler.profile() as profiler:
-        step()
+        run()
     times = dict.fromkeys([*KINDS, "other"], 0.0)
     for event in profiler.key_averages():
         if event.key.startswith("aten::"):
@@ -104,10 +90,10 @@ def row(config: Path, grid: tuple[int, int], batch: int, repeats: int) -> str:
     runs: dict[str, Callable[[], None]] = {}
     for name in ("written out", "plain", "credit"):
         model = build_model(block, *CHANNELS, grid)
+        clip: Callable[..., Tensor] = nn.utils.clip_grad_norm_
         if name == "credit":
-            model = parallelize(model, mesh, ONE, None, DOMAIN_CONVERTERS)
-        optimizer = torch.optim.AdamW(model.parameters())
-        runs[name] = partial(by_credit if name == "credit" else by_hand, model, optimizer, x, y)
+            model, clip = parallelize(model, mesh, ONE, None, DOMAIN_CONVERTERS), clip_grad_norm_
+        runs[name] = partial(step, model, torch.optim.AdamW(model.parameters()), clip, x, y)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
@@ -118,7 +104,7 @@ def row(config: Path, grid: tuple[int, int], batch: int, repeats: int) -> str:
                 taken = seconds(run)
             if repeat:
                 times[name].append(taken)
-    step = {name: statistics.median(taken) for name, taken in times.items()}
+    median = {name: statistics.median(taken) for name, taken in times.items()}
     kept = kept_bytes(model, x)
     with attention_written_out():
         kept_written_out = kept_bytes(model, x)
@@ -127,9 +113,9 @@ def row(config: Path, grid: tuple[int, int], batch: int, repeats: int) -> str:
     flops = counter.get_total_flops()
     parts = " ".join(f"{share:11.0%}" for share in shares(runs["plain"]).values())
     return (
-        f"{block.name:16s} {batch / step['plain']:9.2f} {step['written out'] / step['plain']:11.2f} "
-        f"{step['credit'] / step['plain']:7.3f} {kept / 1e6:9.1f} {kept_written_out / kept:11.2f}  {flops / 1e9:7.1f} "
-        f"{flops / step['plain'] / peak_flops():6.0%} {parts}"
+        f"{block.name:16s} {batch / median['plain']:9.2f} {median['written out'] / median['plain']:11.2f} "
+        f"{median['credit'] / median['plain']:7.3f} {kept / 1e6:9.1f} {kept_written_out / kept:11.2f}  "
+        f"{flops / 1e9:7.1f} {flops / median['plain'] / peak_flops():6.0%} {parts}"
     )
 
 

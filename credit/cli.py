@@ -223,15 +223,14 @@ def _forecast(arguments: argparse.Namespace) -> None:
 def _score(arguments: argparse.Namespace) -> None:
     from credit.launch.ranks import choose
 
-    if choose().size == 1:
-        from credit.training.score import score
-
-        config = _load(arguments)
-        _show_scores(config, score(config))
-        return
+    ranks = choose().size  # contradictions are refused before torch is imported
     from credit.launch.job import start_job
     from credit.training.score import score
 
+    if ranks == 1:
+        config = _load(arguments)
+        _show_scores(config, score(config))
+        return
     with start_job(lambda: _load(arguments)) as job:
         scores = score(job.config, job.ranks.rank, job.ranks.world_size)
         if job.is_first:

@@ -97,3 +97,18 @@ def test_forecast_and_score_say_what_is_to_be_done_first(tmp_path, capsys) -> No
     assert "run `credit train` first" in capsys.readouterr().err
     assert main(["score", str(path)]) == 2
     assert "run `credit forecast` first" in capsys.readouterr().err
+
+
+def test_a_site_says_what_devices_a_plan_is_for(capsys) -> None:
+    assert main(["plan", "configs/quickstart.yaml", "--site", "perlmutter"]) == 0
+    of_site = capsys.readouterr().out
+    assert main(["plan", "configs/quickstart.yaml", "--gpus", "4", "--gpu-memory", "40"]) == 0
+    assert of_site == capsys.readouterr().out
+    assert main(["plan", "configs/quickstart.yaml", "--site", "perlmutter", "--nodes", "2"]) == 0
+    assert "8" in {line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:4].strip().isdigit()}
+
+
+@pytest.mark.parametrize("devices", [[], ["--gpus", "4"], ["--site", "generic_slurm"]])
+def test_a_plan_for_unknown_devices_is_refused(devices: list[str], capsys) -> None:
+    assert main(["plan", "configs/quickstart.yaml", *devices]) == 2
+    assert "Give --gpus and --gpu-memory, or a --site that knows its GPUs' memory" in capsys.readouterr().err

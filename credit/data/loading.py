@@ -17,9 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from credit.data.sampler import Draw
 from credit.errors import DataError
-
-ENDINGS = {signal.SIGTERM, signal.SIGUSR2}
-"""Signals that schedulers send to every process of a job when it has to end: a rank still needs its workers then."""
+from credit.launch.stop import SIGNALS
 
 
 class BatchLoader(DataLoader):
@@ -104,13 +102,16 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _server() -> BaseContext:
-    """Start the process that workers are forked from, deaf to `ENDINGS`, as those will be."""
+    """Start the process that workers are forked from, deaf to `SIGNALS`, as those will be.
+
+    Schedulers send these to every process of a job that has to end, and a rank still needs its workers then.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["credit.data.dataset"])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         resource_tracker.ensure_running()  # which unblocks SIGTERM
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -122,7 +123,7 @@ def _stay_with_rank(worker: int) -> None:
 
     torch's own watch asks for the parent process, which is the server, and that lives while a worker does.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_watch_rank, daemon=True).start()
 
 
@@ -130,7 +131,7 @@ def _watch_rank() -> None:
     rank = multiprocessing.parent_process()
     assert rank is not None
     while rank.is_alive():
-        heard = signal.sigtimedwait(ENDINGS, 1.0)
+        heard = signal.sigtimedwait(SIGNALS, 1.0)
         if heard is not None and heard.si_pid == rank.pid:
             break
     os._exit(0)

@@ -43,21 +43,6 @@ def test_other_windows_and_cubes_are_exact(worlds, name: str) -> None:
         assert not wrong
 
 
-class Small(Pangu):
-    """For the fields of `test_one_curve`: two variables, one of them on two levels."""
-
-    def __init__(self) -> None:
-        super().__init__(3, 3, (19, 8), 1, 2, 8, 2, 2, 2, (2, 3, 2), (1, 2, 2))
-        for parameter in self.recover.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-
-
-def test_dp_tp_domain_gives_the_curve_of_one_process(worlds) -> None:
-    wanted = parity.curve(Small, "none", 1, 1)
-    for wrong in worlds(8).run(parity.curve_errors, Small, "fsdp2 over dp x domain", 2, 2, wanted):
-        assert not wrong
-
-
 WINDOW = (2, 2, 2)
 
 

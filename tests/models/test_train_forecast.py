@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import xarray as xr
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,8 +59,6 @@ def train_and_forecast(raw: dict[str, Any]) -> tuple[list[float], float | None, 
     with start_job(lambda: parse_config(raw)) as job:
         trained = train(job)
         forecast(job)
-        if dist.is_initialized():
-            dist.barrier()
     return trained.losses, trained.valid_loss, trained.gradient_norms
 
 

@@ -33,20 +33,6 @@ def test_a_given_time_is_the_same_for_all_ranks(worlds, tp: int, domain: int) ->
         assert not wrong
 
 
-class Small(DiffusionUNet):
-    """For the fields of `test_one_curve`."""
-
-    def __init__(self) -> None:
-        super().__init__(3, 3, (19, 8), 8, 1, 1, 4, 2)
-        torch.nn.init.normal_(self.head.conv.weight, std=0.1)
-
-
-def test_dp_tp_domain_gives_the_curve_of_one_process(worlds) -> None:
-    wanted = parity.curve(Small, "none", 1, 1)
-    for wrong in worlds(8).run(parity.curve_errors, Small, "fsdp2 over dp x domain", 2, 2, wanted):
-        assert not wrong
-
-
 def converted_as_in_the_reference(model: torch.nn.Module, manager) -> torch.nn.Module:
     from credit.domain_parallel import convert_to_domain_parallel
     from credit.domain_parallel.layers import DomainParallelPeriodicConv2d
