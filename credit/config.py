@@ -290,15 +290,23 @@ class Loss(_Block):
     """What is minimised: the mean over samples, steps, channels and the area of the globe of an error in units of
     one step's root mean square change."""
 
-    kind: Literal["mse", "mae", "huber"] = "mse"
+    kind: Literal["mse", "mae", "huber", "crps"] = "mse"
+    """crps: of an ensemble, whose members the model makes from noise that it is given as one more input."""
     delta: Annotated[float, Field(gt=0)] = 1.0
     """huber: half the square up to here, linear beyond."""
+    members: Annotated[int, Field(ge=2)] = 2
+    """crps: members that are trained together, of each sample; a forecast may have more."""
     variables: dict[str, Weight] = {}
     """Weights of variables among each other; 1 for one that is not named."""
     levels: dict[float, Weight] = {}
     """Weights of levels, times that of the variable."""
     spectral: Annotated[float, Field(ge=0)] = 0.0
     """Weight of a second term: squared differences of the amplitudes of all waves along each latitude."""
+
+    @property
+    def ensemble(self) -> int:
+        """States that the model makes of each sample."""
+        return self.members if self.kind == "crps" else 1
 
 
 class Trainer(_Block):
@@ -352,6 +360,8 @@ class Forecast(_Block):
     """Length of a forecast, such as "5d"."""
     every: Annotated[int, Field(ge=1)] = 1
     """A forecast from every n-th start of the test period."""
+    members: Annotated[int, Field(ge=1)] = 1
+    """Of the ensemble from each start; more than one for a model that was trained by the crps."""
 
     @field_validator("lead_hours", mode="before")
     @classmethod
@@ -377,6 +387,11 @@ class Config(_Block):
         if isinstance(self.model, Pangu) and levels and self.model.levels != levels:
             raise ValueError(f"model.levels is {self.model.levels}, and data.levels names {levels}")
         loss = self.trainer.loss
+        if self.forecast.members > loss.ensemble == 1:
+            raise ValueError(
+                f"forecast.members: {self.forecast.members} would all be the same: a model that is trained by "
+                f"trainer.loss.kind: {loss.kind} gives one state; by crps it learns to give many"
+            )
         for name, given, known in (
             ("variables", loss.variables, self.data.variables),
             ("levels", loss.levels, self.data.levels),
@@ -385,6 +400,11 @@ class Config(_Block):
             if unknown:
                 raise ValueError(f"trainer.loss.{name}: {unknown[0]} is not among data.{name}: {known}")
         return self
+
+    @property
+    def noise_channels(self) -> int:
+        """Inputs by which the members of an ensemble differ."""
+        return int(self.trainer.loss.ensemble > 1)
 
     @property
     def stats_path(self) -> Path:

@@ -31,7 +31,8 @@ def plot_map(config: Config, scores: Scores) -> Path:
     with xr.open_zarr(forecast_path(config.run), chunks=None, consolidated=False) as forecasts:
         start = forecasts["init_time"].values[-1]
         field = forecasts[channel.variable].isel(init_time=-1, lead_time=lead)
-        predicted = (field if channel.level is None else field.sel(level=channel.level)).values
+        field = field if channel.level is None else field.sel(level=channel.level)
+        predicted = field.values.reshape(-1, *store.grid.shape).mean(axis=0)
     valid = start + np.timedelta64(scores.lead_hours[lead], "h")
     times = store.indices(np.array([start, valid]))
     begin, truth = store.read([channel], times, range(store.grid.shape[0]))[:, 0]
@@ -56,28 +57,34 @@ def plot_map(config: Config, scores: Scores) -> Path:
 
 
 def plot_scores(config: Config, scores: Scores) -> Path:
-    """scores.png: RMSE, ACC and bias of every channel by lead time."""
+    """scores.png: RMSE, ACC and bias of every channel by lead time; of an ensemble also its spread and CRPS."""
     shown = _channels(scores)
-    size = (3.6 * len(shown) + 0.6, 7.8)
-    figure, axes = plt.subplots(3, len(shown), figsize=size, layout="constrained", squeeze=False)
+    count = 4 if scores.members > 1 else 3
+    size = (3.6 * len(shown) + 0.6, 2.6 * count)
+    figure, axes = plt.subplots(count, len(shown), figsize=size, layout="constrained", squeeze=False)
     for column, channel in enumerate(shown):
         name, unit = scores.channels[channel], scores.units[channel]
         rows = (
             (f"RMSE of {name} [{unit}]", scores.rmse),
             (f"ACC of {name}", scores.acc),
             (f"bias of {name} [{unit}]", scores.bias),
+            (f"CRPS of {name} [{unit}]", scores.crps),
         )
-        for axis, (title, values) in zip(axes[:, column], rows, strict=True):
+        for axis, (title, values) in zip(axes[:, column], rows[:count], strict=True):
             for f, (forecast, colour) in enumerate(COLOURS.items()):
                 line = values[f, :, channel]
                 if np.isfinite(line).all():
                     axis.plot(scores.lead_hours, line, color=colour, label=forecast, marker=".", ms=3)
             axis.set_title(title, loc="left", fontsize=10)
             axis.grid(alpha=0.3)
+        if scores.members > 1:
+            line = scores.spread[:, channel]
+            axes[0, column].plot(scores.lead_hours, line, color=COLOURS["model"], ls="--", lw=1, label="model's spread")
+            axes[3, column].set_ylim(bottom=0)
         axes[0, column].set_ylim(bottom=0)
         axes[1, column].set_ylim(top=1)
         axes[2, column].axhline(0, color="black", lw=0.6)
-        axes[2, column].set_xlabel("lead time [h]")
+        axes[-1, column].set_xlabel("lead time [h]")
     axes[0, 0].legend(frameon=False, fontsize=9)
     figure.suptitle(
         f"{config.model.name} on {config.data.path}: {scores.starts} forecasts of the test period", fontsize=11

@@ -18,7 +18,7 @@ class Fields:
 
     Attributes:
         predicted: channels of the state.
-        input_channels: state, forcings and statics.
+        input_channels: state, forcings, statics and, of an ensemble, noise.
         increment_std: of the predicted channels over their std, (channel, 1, 1): the model's unit of change.
     """
 
@@ -30,7 +30,7 @@ class Fields:
         self._mean, self._std = (array[:, None, None] for array in statistics.arrays(names))
         increments = np.array([statistics.increment_std[name] for name in names])[:, None, None]
         self.increment_std = torch.from_numpy(increments / self._std).float()
-        self.input_channels = len(names) + len(data.forcings) + len(data.statics)
+        self.input_channels = len(names) + len(data.forcings) + len(data.statics) + config.noise_channels
         # Not all of the statistics: a worker is sent what is here, and their climatology is as large as a state.
         given = stored_names([*data.forcings, *data.statics])
         self._moments = {name: (statistics.mean[name], statistics.std[name]) for name in given}

@@ -152,7 +152,8 @@ class Planner:
         field: (channels, latitudes, longitudes) of the input, the whole globe. Latitudes are rounded up to a multiple
             of the domain: the cost is that of the rank with most rows.
         conf: the whole config; of `trainer`: parallelism.data, amp, dtype, batch_size, accumulate, rollout,
-            rollout_detach, activation_checkpointing, shard_over and reshard_after_forward count.
+            rollout_detach, activation_checkpointing, shard_over, reshard_after_forward and the members of an ensemble
+            count.
         custom_converters: for `convert_to_domain_parallel`.
     """
 
@@ -167,6 +168,8 @@ class Planner:
         self.trainer: dict[str, Any] = conf["trainer"]
         steps = self.trainer.get("rollout", 1)
         self.together = 1 if self.trainer.get("rollout_detach") else steps  # steps of a rollout that one backward joins
+        loss = self.trainer.get("loss", {})
+        self.members = loss["members"] if loss.get("kind") == "crps" else 1
         self.forwards = self.trainer.get("accumulate", 1) * steps
         self._simulated: dict[tuple[int, int, int, bool], _Simulated] = {}
 
@@ -223,7 +226,7 @@ class Planner:
         if trainer.get("activation_checkpointing"):
             recompute_activations(blocks)
         model.to(dtype)
-        x = torch.zeros(samples, channels, rows, longitudes, dtype=dtype, device="meta")
+        x = torch.zeros(samples * self.members, channels, rows, longitudes, dtype=dtype, device="meta")
         with _gradients_leave(model) if sharded else nullcontext():
             meter = _measured(model, x, self.together)
         peak = meter.peak + (1 + trainer.get("rollout", 1)) * x.nbytes  # the input, and targets

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
 from credit.parallel.collectives import together, wait_for_all
 from credit.training.facts import refuse_other_run, run_facts
 from credit.training.log import Progress
+from credit.training.noise import Noise
 from credit.training.setup import open_store, prepare_model
 
 HOUR = np.timedelta64(1, "h")
@@ -33,15 +36,26 @@ def forecast_path(run: Path) -> Path:
 
 @torch.no_grad()
 def roll_out(
-    model: nn.Module, fields: Fields, starts: np.ndarray, steps: int, device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    fields: Fields,
+    starts: np.ndarray,
+    steps: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    noise: Callable[[int], Tensor] | None = None,
 ):
-    """Yield the state after each of `steps` steps: normalised, (start, channel, local row, longitude), float64."""
+    """Yield the state after each of `steps` steps: normalised, (start, channel, local row, longitude), float64.
+
+    Args:
+        noise: of a step, from 0, (start, 1, local row, longitude): for a model that was trained as an ensemble.
+    """
     step = np.timedelta64(fields.config.data.step_hours, "h")
     increment_std = fields.increment_std.to(device, torch.float64)
     state = fields.state(starts.tolist()).to(device, torch.float64)
     for lead in range(steps):
         given = fields.given(fields.store.times[starts] + lead * step).to(device, dtype)
-        change = model(torch.cat([state.to(dtype), given], dim=1))
+        inputs = [state.to(dtype), given, *([noise(lead)] if noise is not None else [])]
+        change = model(torch.cat(inputs, dim=1))
         state = state + change.double() * increment_std
         yield state
 
@@ -49,11 +63,12 @@ def roll_out(
 def forecast(job: Job) -> Path:
     """Forecast from every start of the test period that `forecast.every` picks, with the newest checkpoint.
 
-    Replicas take different starts; the domain ranks of each work on one start together, and each writes the latitudes
-    of one chunk: no rank holds the globe.
+    Replicas take different starts, or members of an ensemble; the domain ranks of each work on one together, and each
+    writes the latitudes of one chunk: no rank holds the globe.
 
     Returns:
-        The store, `forecast.zarr` in the run directory: (init_time, lead_time, [level,] latitude, longitude).
+        The store, `forecast.zarr` in the run directory: (init_time, [number,] lead_time, [level,] latitude, longitude),
+        where number is the member of an ensemble.
     """
     config = job.config
     store, statistics = open_store(job)
@@ -70,22 +85,29 @@ def forecast(job: Job) -> Path:
     with together("creating the forecast store"):
         if job.is_first:
             _create(partial, fields, starts, steps, newest, chunk.height)
-    # One start a replica at a time: the last round is filled up, so that all replicas take as many.
-    sampler = DataParallelSampler(len(starts), job.shape.dp, job.coords.dp, job.shape.dp)
+    dtype, members = getattr(torch, config.trainer.dtype), config.forecast.members
+    draw = Noise(config.trainer.seed, store.grid.shape, fields.rows, job.device, dtype)
+    # One member a replica at a time: the last round is filled up, so that all replicas take as many.
+    sampler = DataParallelSampler(len(starts) * members, job.shape.dp, job.coords.dp, job.shape.dp)
     progress = Progress(len(sampler), "forecast", job.is_first)
-    for ((index, weight),) in sampler:
-        states = roll_out(model, fields, starts[[index]], steps, job.device, getattr(torch, config.trainer.dtype))
+    for ((number, weight),) in sampler:
+        index, member = divmod(number, members)
+        hours = int(store.times[starts[index]].astype("datetime64[h]").astype(int))
+        noise = functools.partial(draw, [(hours, member)]) if config.noise_channels else None
+        states = roll_out(model, fields, starts[[index]], steps, job.device, dtype, noise)
         for lead, state in enumerate(states):
             piece = chunk.of(state)
             if weight and job.coords.tp == 0:
-                _write(partial, fields, index, lead, chunk.rows, piece)
+                place = (index, member, lead) if members > 1 else (index, lead)
+                _write(partial, fields, place, chunk.rows, piece)
         progress.advance()
     wait_for_all()
     with together("completing the forecast"):
         if job.is_first:
             shutil.rmtree(path, ignore_errors=True)
             partial.rename(path)
-    job.say(f"{len(starts)} forecasts of {config.forecast.lead_hours} h from {newest} -> {path}")
+    of_members = f"{members} members, " if members > 1 else ""
+    job.say(f"{len(starts)} forecasts of {of_members}{config.forecast.lead_hours} h from {newest} -> {path}")
     return path
 
 
@@ -134,6 +156,9 @@ def _create(path: Path, fields: Fields, starts: np.ndarray, steps: int, checkpoi
         "latitude": ("latitude", store.grid.latitude, {"standard_name": "latitude", "units": "degrees_north"}),
         "longitude": ("longitude", store.grid.longitude, {"standard_name": "longitude", "units": "degrees_east"}),
     }
+    members = fields.config.forecast.members
+    if members > 1:
+        coordinates["number"] = ("number", np.arange(members), {"standard_name": "realization"})
     if any(channel.level is not None for channel in fields.predicted):
         coordinates["level"] = ("level", np.array(data.levels), {"positive": "down"})
     attributes = {
@@ -145,26 +170,34 @@ def _create(path: Path, fields: Fields, starts: np.ndarray, steps: int, checkpoi
     encoding = {"init_time": {"units": "hours since 1970-01-01", "dtype": "int64"}, "lead_time": hours}
     xr.Dataset(coords=coordinates, attrs=attributes).to_zarr(path, mode="w", consolidated=False, encoding=encoding)
     group = zarr.open_group(path, mode="r+")
-    horizontal = store.grid.shape
     for variable in dict.fromkeys(channel.variable for channel in fields.predicted):
         levels = [channel.level for channel in fields.predicted if channel.variable == variable]
-        middle = () if levels == [None] else (len(levels),)
+        sizes = {
+            "init_time": len(starts),
+            **({"number": members} if members > 1 else {}),
+            "lead_time": steps,
+            **({"level": len(levels)} if levels != [None] else {}),
+            **dict(zip(("latitude", "longitude"), store.grid.shape, strict=True)),
+        }
+        parts = {"init_time": 1, "number": 1, "lead_time": 1, "latitude": rows}
         group.create_array(
             variable,
-            shape=(len(starts), steps, *middle, *horizontal),
-            chunks=(1, 1, *middle, rows, horizontal[1]),
+            shape=tuple(sizes.values()),
+            chunks=tuple(parts.get(dim, size) for dim, size in sizes.items()),
             dtype="float32",
             fill_value=float("nan"),
-            dimension_names=("init_time", "lead_time", *(("level",) if middle else ()), "latitude", "longitude"),
+            dimension_names=tuple(sizes),
             attributes=store.attributes(variable),
         )
 
 
-def _write(path: Path, fields: Fields, start: int, lead: int, rows: range, state: Tensor) -> None:
-    """`rows` of one state, (1, channel, row, longitude), in its own units."""
+def _write(path: Path, fields: Fields, place: tuple[int, ...], rows: range, state: Tensor) -> None:
+    """`rows` of one state, (1, channel, row, longitude), in its own units, to a place in (start, [member,] lead)."""
     names = [channel.variable for channel in fields.predicted]
     values = fields.physical(state)[0]
     for variable in dict.fromkeys(names):
         chosen = values[[name == variable for name in names]]
         array = zarr.open_array(path / variable, mode="r+")
-        array[start, lead, ..., rows.start : rows.stop, :] = chosen if array.ndim == 5 else chosen[0]
+        on_levels = array.ndim == len(place) + 3
+        index: tuple[int | slice, ...] = (*place, *([slice(None)] if on_levels else []), slice(rows.start, rows.stop))
+        array[index] = chosen if on_levels else chosen[0]

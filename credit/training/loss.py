@@ -39,14 +39,20 @@ class LatitudeWeightedLoss(nn.Module):
         self.register_buffer("weights", torch.from_numpy(weights) / (grid.shape[0] * grid.shape[1]))
         self.register_buffer("channel_weights", channel_weights(options, channels))
         self._error = pointwise(options)
-        self._spectral = options.spectral
+        self._spectral, self._members = options.spectral, options.ensemble
 
     def forward(self, prediction: Tensor, target: Tensor, sample_weight: Tensor) -> Tensor:
-        """(batch, channel, row, longitude) twice and (batch,) to a scalar, in the dtype of the target."""
-        prediction = prediction.to(target.dtype)
+        """To a scalar, in the dtype of the target.
+
+        Args:
+            prediction: (batch x members, channel, row, longitude), members of a sample side by side.
+            target: (batch, channel, row, longitude).
+            sample_weight: (batch,).
+        """
+        prediction = prediction.to(target.dtype).unflatten(0, (len(target), self._members))
         per_sample = self._over_the_globe(self._error(prediction, target))
         if self._spectral:
-            apart = (zonal_amplitudes(prediction) - zonal_amplitudes(target)).square()
+            apart = (zonal_amplitudes(prediction) - zonal_amplitudes(target)[:, None]).square().mean(dim=1)
             # What `zonal_amplitudes` gives adds up to a mean over longitudes, not to a sum.
             of_rows = apart.sum(dim=-1, keepdim=True) * target.shape[-1]
             per_sample = per_sample + self._spectral * self._over_the_globe(of_rows)
@@ -60,14 +66,30 @@ class LatitudeWeightedLoss(nn.Module):
 
 
 def pointwise(options: Loss) -> Callable[[Tensor, Tensor], Tensor]:
-    """The error of each entry, from prediction and target."""
+    """The error of each entry, from prediction (batch, member, ...) and target (batch, ...)."""
     match options.kind:
         case "mse":
-            return lambda prediction, target: (prediction - target).square()
-        case "mae":
-            return lambda prediction, target: (prediction - target).abs()
+            return lambda prediction, target: (prediction[:, 0] - target).square()
+        case "mae" | "crps":
+            return fair_crps
         case "huber":
-            return lambda prediction, target: F.huber_loss(prediction, target, reduction="none", delta=options.delta)
+            return lambda prediction, target: F.huber_loss(
+                prediction[:, 0], target, reduction="none", delta=options.delta
+            )
+
+
+def fair_crps(members: Tensor, truth: Tensor) -> Tensor:
+    """Continuous ranked probability score of (batch, member, ...) and (batch, ...), (batch, ...): the less the better.
+
+    The mean distance to the truth, less half the mean distance of two different members: that estimates the score of
+    the distribution which the members are drawn from, whatever their number (Ferro 2014, doi:10.1002/qj.2270). Of one
+    member it is the absolute error.
+    """
+    count = members.shape[1]
+    score = (members - truth[:, None]).abs().mean(dim=1)
+    for turn in range(1, count):  # each meets each other one
+        score = score - (members - members.roll(turn, 1)).abs().sum(dim=1) / (2 * count * (count - 1))
+    return score
 
 
 def channel_weights(options: Loss, channels: Sequence[Channel]) -> Tensor | None:

@@ -9,7 +9,11 @@ from torch import Tensor
 
 
 def changes(
-    model: Callable[[Tensor], Tensor], batch: dict[str, Tensor], increment_std: Tensor, detach: bool
+    model: Callable[[Tensor], Tensor],
+    batch: dict[str, Tensor],
+    increment_std: Tensor,
+    detach: bool,
+    noise: Callable[[int], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """The change since the start after each step of a batch of `credit.data.dataset.StepDataset`.
 
@@ -21,6 +25,7 @@ def changes(
         increment_std: (predicted channel, 1, 1).
         detach: keep gradients out of the state that a step starts from (as in the pushforward trick of
             Brandstetter et al. 2022, with a loss of every step).
+        noise: from the number of the step, from 0, to (batch, 1, row, longitude): the last input, if there is one.
 
     Yields:
         (batch, predicted channel, row, longitude) in units of `increment_std`, in the dtype of `x`; as many as `y` has.
@@ -33,6 +38,6 @@ def changes(
             forcings = batch["forcings"][:, step - 1]
             statics = x[:, predicted + forcings.shape[1] :]
             inputs = torch.cat([x[:, :predicted] + change * increment_std, forcings, statics], dim=1)
-        made = model(inputs).to(x.dtype)
+        made = model(inputs if noise is None else torch.cat([inputs, noise(step)], dim=1)).to(x.dtype)
         change = made if change is None else change + made
         yield change

@@ -1,4 +1,4 @@
-"""Judge forecasts by lead time: RMSE, bias, anomaly correlation and zonal spectra, against simple forecasts."""
+"""Judge forecasts by lead time: RMSE, bias, anomaly correlation, CRPS, spectra, against simple forecasts."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from credit.errors import DataError
 from credit.parallel.collectives import all_sum, together
 from credit.training.forecast import forecast_path
 from credit.training.log import Progress
+from credit.training.loss import fair_crps
 
 FORECASTS = ("model", "persistence", "climatology")
 FIELDS = ("truth", *FORECASTS)
@@ -31,7 +32,8 @@ class Sums:
 
     Attributes:
         starts: (); their number.
-        squares, errors, correlations: (forecast, lead, channel).
+        squares, errors, correlations, crps: (forecast, lead, channel).
+        variances: (lead, channel); of an ensemble's members.
         power: (field, lead, channel, wavenumber).
     """
 
@@ -39,13 +41,16 @@ class Sums:
     squares: np.ndarray
     errors: np.ndarray
     correlations: np.ndarray
+    crps: np.ndarray
+    variances: np.ndarray
     power: np.ndarray
 
     @classmethod
     def zero(cls, leads: int, channels: int, longitudes: int) -> Sums:
-        squares, errors, correlations = np.zeros((3, len(FORECASTS), leads, channels))
+        squares, errors, correlations, crps = np.zeros((4, len(FORECASTS), leads, channels))
+        variances = np.zeros((leads, channels))
         power = np.zeros((len(FIELDS), leads, channels, longitudes // 2 + 1))
-        return cls(np.zeros(()), squares, errors, correlations, power)
+        return cls(np.zeros(()), squares, errors, correlations, crps, variances, power)
 
     def add_over_ranks(self) -> None:
         for field in fields(self):
@@ -59,10 +64,14 @@ class Scores:
     Attributes:
         lead_hours: (lead,).
         channels: names.
-        rmse, bias: in the channel's units, (forecast, lead, channel), for `FORECASTS`. A bias is positive where the
-            forecast is above the truth.
-        acc: (forecast, lead, channel); NaN for climatology, whose anomaly is zero.
+        rmse, bias: in the channel's units, (forecast, lead, channel), for `FORECASTS`; of an ensemble's mean. A bias is
+            positive where the forecast is above the truth.
+        acc: (forecast, lead, channel), of an ensemble's mean; NaN for climatology, whose anomaly is zero.
+        crps: in the channel's units, (forecast, lead, channel); of one state the mean absolute error.
+        spread: in the channel's units, (lead, channel), of the ensemble; zero if it is one state. It should be the RMSE
+            of the mean (times sqrt(n / (n + 1)) for n members).
         power: in the channel's units squared, (field, lead, channel, wavenumber), for `FIELDS`.
+        members: of the ensemble from each start.
         starts: number of forecasts.
     """
 
@@ -72,7 +81,10 @@ class Scores:
     rmse: np.ndarray
     bias: np.ndarray
     acc: np.ndarray
+    crps: np.ndarray
+    spread: np.ndarray
     power: np.ndarray
+    members: int
     starts: int
 
     def shown_leads(self) -> list[int]:
@@ -84,7 +96,8 @@ class Scores:
         """One line a channel and shown lead."""
         lines = [
             f"{'channel':<10} {'lead':>6}  {'RMSE model':>10} {'persistence':>11} {'climatology':>11}"
-            f"  {'ACC model':>9} {'persistence':>11}  {'bias model':>10}",
+            f"  {'ACC model':>9} {'persistence':>11}  {'bias model':>10}"
+            + (f"  {'CRPS model':>10} {'persistence':>11} {'spread':>8}" if self.members > 1 else ""),
         ]
         for column, (name, unit) in enumerate(zip(self.channels, self.units, strict=True)):
             for i in self.shown_leads():
@@ -92,7 +105,14 @@ class Scores:
                 lines.append(
                     f"{name:<10} {self.lead_hours[i]:>4} h  {model:>10.4g} {persistence:>11.4g} {climatology:>11.4g}"
                     f"  {self.acc[0, i, column]:>9.3f} {self.acc[1, i, column]:>11.3f}"
-                    f"  {self.bias[0, i, column]:>10.2g}   {unit}"
+                    f"  {self.bias[0, i, column]:>10.2g}"
+                    + (
+                        f"  {self.crps[0, i, column]:>10.4g} {self.crps[1, i, column]:>11.4g}"
+                        f" {self.spread[i, column]:>8.4g}"
+                        if self.members > 1
+                        else ""
+                    )
+                    + f"   {unit}"
                 )
         return "\n".join(lines)
 
@@ -100,12 +120,15 @@ class Scores:
         """Every lead, as CSV."""
         with path.open("w", newline="") as stream:
             writer = csv.writer(stream)
-            writer.writerow(["channel", "units", "lead_hours", "forecast", "rmse", "acc", "bias"])
+            writer.writerow(["channel", "units", "lead_hours", "forecast", "rmse", "acc", "bias", "crps", "spread"])
             for column, name in enumerate(self.channels):
                 for i, hours in enumerate(self.lead_hours):
                     for f, forecast in enumerate(FORECASTS):
-                        values = [f"{score[f, i, column]:.7g}" for score in (self.rmse, self.acc, self.bias)]
-                        writer.writerow([name, self.units[column], hours, forecast, *values])
+                        values = [score[f, i, column] for score in (self.rmse, self.acc, self.bias, self.crps)]
+                        values.append(self.spread[i, column] if forecast == "model" else 0.0)
+                        writer.writerow(
+                            [name, self.units[column], hours, forecast, *(f"{value:.7g}" for value in values)]
+                        )
 
     def save_spectra(self, path: Path) -> None:
         """The shown leads, as CSV."""
@@ -124,8 +147,9 @@ def score(config: Config, rank: int = 0, ranks: int = 1) -> Scores:
 
     RMSE is the root of the mean over starts of the area-weighted squared error, bias the mean error. ACC is the
     area-weighted correlation of anomalies from the training period's mean, not centred, averaged over starts (as in
-    Rasp et al. 2024, WeatherBench 2, section 3). The power of a zonal wave is its part in the mean square along a
-    latitude, averaged over area and starts: over all wavenumbers it adds up to the mean square of the field.
+    Rasp et al. 2024, WeatherBench 2, section 3). CRPS is the mean of `fair_crps`, spread the root of the mean
+    (unbiased) variance of the members. The power of a zonal wave is its part in the mean square along a latitude,
+    averaged over area, starts and members: over all wavenumbers it adds up to the mean square of the field.
 
     Raises:
         DataError: if there is no forecast.
@@ -138,7 +162,7 @@ def score(config: Config, rank: int = 0, ranks: int = 1) -> Scores:
         channels = store.channels(config.data.variables, config.data.levels)
         climatology = load_fields_statistics(config, store).climatology.values
         with xr.open_zarr(path, chunks=None, consolidated=False) as forecasts:
-            leads = forecasts["lead_time"].values
+            leads, members = forecasts["lead_time"].values, forecasts.sizes.get("number", 1)
             sums = Sums.zero(len(leads), len(channels), store.grid.shape[1])
             mine = range(rank, forecasts.sizes["init_time"], ranks)
             progress = Progress(len(mine), "score", active=rank == 0)
@@ -154,13 +178,16 @@ def score(config: Config, rank: int = 0, ranks: int = 1) -> Scores:
         rmse=np.sqrt(sums.squares / sums.starts),
         bias=sums.errors / sums.starts,
         acc=sums.correlations / sums.starts,
+        crps=sums.crps / sums.starts,
+        spread=np.sqrt(sums.variances / sums.starts),
         power=sums.power / sums.starts,
+        members=members,
         starts=int(sums.starts),
     )
 
 
 def _add(sums: Sums, store: FieldStore, climatology: np.ndarray, leads: Iterator[tuple[np.ndarray, ...]]) -> None:
-    """Add one start: of each lead the (begin, truth, forecast), each (channel, latitude, longitude), float64."""
+    """Add one start: of each lead the (begin, truth, members), (channel, latitude, longitude) each, float64."""
     weights = (store.grid.latitude_weights() / store.grid.shape[0] / store.grid.shape[1])[:, None]
 
     def average(product: np.ndarray) -> np.ndarray:
@@ -171,9 +198,12 @@ def _add(sums: Sums, store: FieldStore, climatology: np.ndarray, leads: Iterator
 
     of_climatology = spectrum(climatology.astype(np.float64))
     of_begin = None
-    for lead, (begin, truth, forecast) in enumerate(leads):
+    for lead, (begin, truth, members) in enumerate(leads):
         anomaly = truth - climatology
-        for f, candidate in enumerate((forecast, begin, climatology)):
+        for f, ensemble in enumerate((members, begin[None], climatology[None])):
+            crps = fair_crps(torch.from_numpy(ensemble)[None], torch.from_numpy(truth)[None])[0]
+            sums.crps[f, lead] += average(crps.numpy())
+            candidate = ensemble.mean(axis=0)
             error, of_forecast = candidate - truth, candidate - climatology
             sums.squares[f, lead] += average(error**2)
             sums.errors[f, lead] += average(error)
@@ -181,7 +211,10 @@ def _add(sums: Sums, store: FieldStore, climatology: np.ndarray, leads: Iterator
                 scale = np.sqrt(average(of_forecast**2) * average(anomaly**2))
                 sums.correlations[f, lead] += average(of_forecast * anomaly) / scale
         of_begin = spectrum(begin) if of_begin is None else of_begin
-        sums.power[:, lead] += spectrum(truth), spectrum(forecast), of_begin, of_climatology
+        if len(members) > 1:
+            sums.variances[lead] += average(members.var(axis=0, ddof=1))
+        of_members = np.mean([spectrum(member) for member in members], axis=0)
+        sums.power[:, lead] += spectrum(truth), of_members, of_begin, of_climatology
     sums.starts += 1
 
 
@@ -203,7 +236,8 @@ def _fields_of(forecasts: xr.Dataset, store: FieldStore, channels: list[Channel]
         fields = [forecasts[channel.variable].isel(init_time=number, lead_time=lead) for channel in channels]
         levels = [channel.level for channel in channels]
         values = [
-            (field if level is None else field.sel(level=level)).values
+            (field if level is None else field.sel(level=level)).values.reshape(-1, *store.grid.shape)
             for field, level in zip(fields, levels, strict=True)
         ]
-        yield before, store.read(channels, [time], rows)[0].astype(np.float64), np.stack(values).astype(np.float64)
+        members = np.stack(values, axis=1).astype(np.float64)
+        yield before, store.read(channels, [time], rows)[0].astype(np.float64), members

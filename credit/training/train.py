@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -31,6 +32,7 @@ from credit.training.batches import AgreedBatches
 from credit.training.facts import refuse_other_run, run_facts
 from credit.training.log import StepLog, refuse_missing_tensorboard
 from credit.training.loss import LatitudeWeightedLoss
+from credit.training.noise import Noise
 from credit.training.profile import Profile
 from credit.training.rollout import changes
 from credit.training.setup import open_store, prepare_model
@@ -92,6 +94,7 @@ class TrainingRun:
             self.model.parameters(), lr=self.trainer.learning_rate, weight_decay=self.trainer.weight_decay
         )
         self.loss = LatitudeWeightedLoss(self.trainer.loss, store.grid, rows, self.fields.predicted).to(job.device)
+        self.noise = Noise(self.trainer.seed, store.grid.shape, rows, job.device, self.dtype)
         self.increment_std = self.fields.increment_std.to(job.device, self.dtype)
         self.ema = EMA(self.model, self.trainer.ema) if self.trainer.ema is not None else None
         self.steps_per_epoch = self.samplers["train"].batches
@@ -119,19 +122,29 @@ class TrainingRun:
         with torch.autocast(self.job.device.type, torch.bfloat16, enabled=autocast):
             return self.model(x)
 
-    def shares_of_loss(self, batch: dict[str, Tensor]) -> Iterator[Tensor]:
-        """This rank's share of the sum of the samples' losses: of each step of the rollout its part in the mean."""
+    def shares_of_loss(self, batch: dict[str, Tensor], draw: int) -> Iterator[Tensor]:
+        """This rank's share of the sum of the samples' losses: of each step of the rollout its part in the mean.
+
+        Args:
+            draw: a number; another one gives the members of an ensemble other noise.
+        """
+        samples, members = batch["sample"].tolist(), self.trainer.loss.ensemble
         batch = {name: value.to(self.job.device, non_blocking=True) for name, value in batch.items()}
         fields = {name: value.to(self.dtype) for name, value in batch.items() if name in FIELDS}
-        steps = changes(self.predict, fields, self.increment_std, self.trainer.rollout_detach)
-        for change, target in zip(steps, fields["y"].unbind(1), strict=True):
+        targets, noise = fields["y"].unbind(1), None
+        if members > 1:
+            fields = {name: value.repeat_interleave(members, dim=0) for name, value in fields.items()}
+            each = [(draw, sample, member) for sample in samples for member in range(members)]
+            noise = partial(self.noise, each)
+        steps = changes(self.predict, fields, self.increment_std, self.trainer.rollout_detach, noise)
+        for change, target in zip(steps, targets, strict=True):
             yield self.loss(change, target, batch["weight"]) / self.trainer.rollout
 
     def train_step(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor, float]:
         """One optimiser step; (this rank's share of the global mean loss, gradient norm, learning rate)."""
         # Random numbers are a function of the step, so that a resumed run draws what an uninterrupted one does.
         torch.manual_seed(hash((self.trainer.seed, step, self.job.coords.dp)) % 2**63)
-        share = self._backward(batch)
+        share = self._backward(batch, step)
         reduce_gradients(self.model, self.job.mesh, self.conf)
         norm = clip_grad_norm_(self.model.parameters(), self.trainer.clip)
         rate = learning_rate(step, self.steps, self.trainer)
@@ -143,7 +156,7 @@ class TrainingRun:
             self.ema.update()
         return share, norm, rate
 
-    def _backward(self, batch: dict[str, Tensor]) -> Tensor:
+    def _backward(self, batch: dict[str, Tensor], step: int) -> Tensor:
         """Gradients on this rank, one part of the batch after another; its share of the mean loss, float64.
 
         Tensor-parallel peers have the same loss, and share it.
@@ -157,7 +170,7 @@ class TrainingRun:
         for part in range(parts):
             size = len(batch["weight"]) // parts
             piece = {name: value[part * size : (part + 1) * size] for name, value in batch.items()}
-            losses = self.shares_of_loss(piece)
+            losses = self.shares_of_loss(piece, draw=1 + step)
             for stage in range(stages):
                 with synchronize_gradients(self.model, last=(part, stage) == (parts - 1, stages - 1)):
                     loss = torch.stack(list(islice(losses, at_once))).sum() / self.trainer.batch_size
@@ -174,7 +187,7 @@ class TrainingRun:
             batches = AgreedBatches(self.loaders["valid"], self.job.device)
             for batch in batches:
                 assert batch is not None
-                share = torch.stack(list(self.shares_of_loss(batch))).sum().double()
+                share = torch.stack(list(self.shares_of_loss(batch, draw=0))).sum().double()
                 total += batches.total(share / self.job.shape.tp)
         self.model.train()
         return total / self.samplers["valid"].samples

@@ -26,6 +26,8 @@ OPTIONS = [
     {"kind": "mse", **WEIGHTS},
     {"kind": "mae", "spectral": 0.3},
     {"kind": "huber", "spectral": 1.5, **WEIGHTS},
+    {"kind": "crps", "members": 2},
+    {"kind": "crps", "members": 5, "spectral": 0.5, **WEIGHTS},
 ]
 
 
@@ -33,23 +35,29 @@ def grid(latitudes: int, longitudes: int) -> Grid:
     return Grid(np.linspace(90, -90, latitudes), np.arange(longitudes) * 360 / longitudes)
 
 
-def fields(seed: int, latitudes: int, longitudes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def fields(
+    seed: int, latitudes: int, longitudes: int, members: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shape = (2, len(CHANNELS), latitudes, longitudes)
-    prediction, target = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    shape = (len(CHANNELS), latitudes, longitudes)
+    prediction, target = (torch.randn(n, *shape, generator=generator, dtype=torch.float64) for n in (2 * members, 2))
     return prediction, target, torch.tensor([1.0, 0.5], dtype=torch.float64)
 
 
 def written_out(options: Loss, on: Grid, prediction: np.ndarray, target: np.ndarray, sample_weight: np.ndarray):
+    prediction, target = prediction.reshape(2, -1, *target.shape[1:]), target[:, None]
     error = np.abs(prediction - target)
+    count = error.shape[1]
+    apart = np.abs(prediction[:, :, None] - prediction[:, None]).sum(axis=(1, 2)) / max(count * (count - 1), 1)
+    crps = error - apart[:, None] / 2
     small = error <= options.delta
     huber = np.where(small, error**2 / 2, options.delta * (error - options.delta / 2))
-    of_cells = {"mse": error**2, "mae": error, "huber": huber}[options.kind].mean(axis=-1)
+    of_cells = {"mse": error**2, "mae": error, "huber": huber, "crps": crps}[options.kind].mean(axis=-1)
     waves = [np.abs(np.fft.fft(field)) / field.shape[-1] for field in (prediction, target)]
     amplitudes = ((waves[0] - waves[1]) ** 2).sum(axis=-1)  # of both the wave and its conjugate
     of_rows = of_cells + options.spectral * amplitudes
     channel = np.array([options.variables.get(c.variable, 1) * options.levels.get(c.level, 1) for c in CHANNELS])
-    of_samples = np.einsum("bcr,c,r->b", of_rows, channel / channel.sum(), on.latitude_weights() / on.shape[0])
+    of_samples = np.einsum("bmcr,c,r->b", of_rows / count, channel / channel.sum(), on.latitude_weights() / on.shape[0])
     return (of_samples * sample_weight).sum()
 
 
@@ -65,7 +73,7 @@ def test_shares_of_uneven_slabs_add_up_to_the_formula(latitudes, longitudes, par
     """And so do the gradients: a slab's is the slab of the whole's."""
     parts = min(parts, latitudes)
     loss, globe = Loss(**options), grid(latitudes, longitudes)
-    prediction, target, weight = fields(seed, latitudes, longitudes)
+    prediction, target, weight = fields(seed, latitudes, longitudes, loss.ensemble)
     whole = prediction.clone().requires_grad_()
     LatitudeWeightedLoss(loss, globe, range(latitudes), CHANNELS)(whole, target, weight).backward()
     total = 0.0

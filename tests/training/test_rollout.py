@@ -115,10 +115,10 @@ def test_detached_steps_with_a_backward_each_are_the_detached_sum(raw, tmp_path)
     with start_job(lambda: parse_config(raw)) as job:
         run = TrainingRun(job)
         batch = next(iter(run.loaders["train"]))
-        run._backward(batch)
+        run._backward(batch, 0)
         found = [parameter.grad.clone() for parameter in run.model.parameters()]
         run.optimizer.zero_grad()
-        (sum(run.shares_of_loss(batch)) / run.trainer.batch_size).backward()
+        (sum(run.shares_of_loss(batch, 1)) / run.trainer.batch_size).backward()
     for parameter, gradient in zip(run.model.parameters(), found, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-12, atol=1e-14)
 

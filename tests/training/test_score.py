@@ -130,6 +130,78 @@ def test_scores_are_those_of_the_scores_library(raw, found, channel) -> None:
                 assert found.acc[at] == pytest.approx(acc, rel=1e-5)
 
 
+MEMBERS = 4
+
+
+@pytest.fixture(scope="module")
+def ensemble(raw, tmp_path_factory) -> dict:
+    """As `raw`, with members around each forecast."""
+    run = tmp_path_factory.mktemp("ensemble")
+    noise = np.random.default_rng(1)
+    with xr.open_zarr(Path(raw["run"]) / "forecast.zarr", consolidated=False) as one:
+        members = one.expand_dims(number=np.arange(MEMBERS), axis=1)
+        members = members.map(lambda field: field + field.copy(data=noise.normal(0, 0.4, field.shape)))
+        members.astype(np.float32).to_zarr(run / "forecast.zarr", consolidated=False)
+    return {**raw, "run": str(run), "data": {**raw["data"], "stats": str(Path(raw["run"]) / "stats.nc")}}
+
+
+def members_of(ensemble: dict, channel: str, lead: int) -> xr.DataArray:
+    variable, level = CHANNELS[channel]
+    with xr.open_zarr(Path(ensemble["run"]) / "forecast.zarr", consolidated=False) as forecasts:
+        field = forecasts[variable].isel(lead_time=lead)
+        values = (field if level is None else field.sel(level=level)).values.astype(np.float64)
+    return xr.DataArray(values, dims=("start", "number", "latitude", "longitude"))
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_scores_of_an_ensemble_are_those_of_the_scores_library(raw, ensemble, channel) -> None:
+    """RMSE and bias are of its mean, CRPS is the fair one; spread by its formula, power by members."""
+    library = pytest.importorskip("scores")
+    found = score(parse_config(ensemble))
+    assert found.members == MEMBERS
+    weight, column = xr.DataArray(area(raw), dims="latitude"), found.channels.index(channel)
+    for lead in (0, 3):
+        members, others = members_of(ensemble, channel, lead), fields_of(raw, channel, lead)
+        others = {name: xr.DataArray(field, dims=("start", "latitude", "longitude")) for name, field in others.items()}
+        truth, at = others["truth"], (0, lead, column)
+        mean = members.mean("number")
+        assert found.rmse[at] == pytest.approx(float(library.continuous.rmse(mean, truth, weights=weight)), rel=1e-6)
+        crps = library.probability.crps_for_ensemble(members, truth, "number", method="fair", weights=weight)
+        assert found.crps[at] == pytest.approx(float(crps), rel=1e-6)
+        for f, name in ((1, "persistence"), (2, "climatology")):
+            error = float(library.continuous.mae(others[name], truth, weights=weight))
+            assert found.crps[f, lead, column] == pytest.approx(error, rel=1e-6)
+        spread = float(members.var("number", ddof=1).weighted(weight).mean()) ** 0.5
+        assert found.spread[lead, column] == pytest.approx(spread, rel=1e-9)
+        power = float((members**2).weighted(weight).mean())
+        assert found.power[1, lead, column].sum() == pytest.approx(power, rel=1e-9)
+
+
+def test_of_one_state_the_crps_is_the_absolute_error_and_there_is_no_spread(raw, found) -> None:
+    fields = fields_of(raw, "b", 2)
+    weight = (area(raw) / area(raw).sum())[None, :, None] / fields["truth"].shape[-1] / len(STARTS)
+    error = float((np.abs(fields["model"] - fields["truth"]) * weight).sum())
+    assert found.crps[0, 2, found.channels.index("b")] == pytest.approx(error, rel=1e-6)
+    assert not found.spread.any()
+    assert found.members == 1
+
+
+def test_what_is_shown_of_an_ensemble(ensemble, capsys) -> None:
+    config = parse_config(ensemble)
+    found = score(config)
+    _show_scores(config, found)
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].endswith("CRPS model persistence   spread")
+    assert f"{found.crps[0, 3, 0]:.4g}" in table[2]
+    assert f"{found.spread[3, 0]:.4g}" in table[2]
+    for name in ("scores.png", "map.png", "spectra.png"):
+        assert_not_blank(config.run / name)
+    with (config.run / "scores.csv").open() as stream:
+        row = next(csv.DictReader(stream))
+    assert float(row["crps"]) == pytest.approx(found.crps[0, 0, 0], rel=1e-6)
+    assert float(row["spread"]) == pytest.approx(found.spread[0, 0], rel=1e-6)
+
+
 def scored(raw: dict, rank: int, ranks: int) -> Scores:
     return score(parse_config(raw), rank, ranks)
 
@@ -146,7 +218,7 @@ def test_ranks_that_share_the_starts_get_the_scores_of_one(worlds, raw, found) -
     for ranks in (3, 8):  # of four starts
         for other in worlds(ranks).run(scored_by_ranks, raw, -1):
             assert other.starts == found.starts == 4
-            for name in ("rmse", "bias", "acc", "power"):
+            for name in ("rmse", "bias", "acc", "crps", "spread", "power"):
                 np.testing.assert_allclose(getattr(other, name), getattr(found, name), rtol=1e-9, err_msg=name)
     with pytest.raises(RankError, match=r"scoring failed on rank 1: there is no forecast at nowhere") as caught:
         worlds(3).run(scored_by_ranks, raw, 1)

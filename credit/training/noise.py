@@ -1,0 +1,35 @@
+"""What tells the members of an ensemble apart: noise that a model is given as one more input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard normal fields that are functions of the seed and of what they are for: the same on every mesh.
+
+    Each rank draws the whole globe and keeps its rows.
+
+    Attributes:
+        grid: (latitudes, longitudes) of the globe.
+        rows: this rank's.
+    """
+
+    seed: int
+    grid: tuple[int, int]
+    rows: range
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, purposes: Sequence[tuple[int, ...]], step: int) -> Tensor:
+        """(len(purposes), 1, row, longitude): of each the noise at a step from its start."""
+        return torch.stack([self._field((*purpose, step)) for purpose in purposes]).to(self.device, self.dtype)
+
+    def _field(self, purpose: tuple[int, ...]) -> Tensor:
+        generator = torch.Generator().manual_seed(hash((self.seed, *purpose)) % 2**63)
+        return torch.randn(1, *self.grid, generator=generator)[:, self.rows.start : self.rows.stop]
