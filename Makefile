@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart   set up, train the demo on 4 ranks, forecast, score (minutes on 2 cores)"
 	@echo "make era5         the same on the real ERA5 sample, on 2 ranks"
 	@echo "make test         set up, run the whole suite"
-	@echo "make test-all     the same, and every mesh for every model (half an hour more)"
+	@echo "make test-all     the same, every mesh for every model, and compiled code (half an hour more)"
 	@echo "make lint         ruff and mypy"
 	@echo "make sif          build credit.sif with apptainer (containers/build.sh --help: other bases)"
 	@echo "make image        build the image credit:latest with docker, podman or buildah"

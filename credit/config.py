@@ -335,6 +335,9 @@ class Trainer(_Block):
     """Decay of an exponential moving average of the weights, which validation and forecasts then use."""
     activation_checkpointing: bool = False
     """Keep the inputs of blocks alone, and compute the rest again in the backward: less memory, more time."""
+    compile: bool = False
+    """Compile blocks with torch.compile: minutes before the first step, and shorter steps. For meshes of samples alone:
+    what is cut by latitude or channel is computed as it is."""
     shard_over: Literal["dp_domain", "dp"] = "dp_domain"
     """The ranks over which fsdp2 shards parameters and optimiser states."""
     reshard_after_forward: bool = True
@@ -351,6 +354,19 @@ class Trainer(_Block):
     """Write what log.csv and valid.csv hold for TensorBoard too, into `tensorboard` of the run directory."""
     timeout: Annotated[float, Field(gt=0)] = 600
     """Seconds after which a rank stops waiting for its peers."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Trainer:
+        cut = {axis: ranks for axis in ("tensor", "domain") if (ranks := getattr(self.parallelism, axis)) > 1}
+        if self.compile and cut:
+            (axis, ranks), *_ = cut.items()
+            raise ValueError(
+                f"compile has nothing to gain with parallelism.{axis}: {ranks}, where layers and exchanges are run one "
+                f"by one; leave it out, or take replicas alone"
+            )
+        if self.compile and self.activation_checkpointing:
+            raise ValueError("compile and activation_checkpointing do not go together: leave one of them out")
+        return self
 
 
 class Forecast(_Block):

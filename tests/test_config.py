@@ -62,8 +62,12 @@ def test_there_are_configs() -> None:
             "unet",
             "model.name: must be one of unet, unet_diffusion, transformer, wxformer, pangu, or",
         ),
-        ("trainer.loss.kind", "rmse", "trainer.loss.kind: input should be 'mse', 'mae' or 'huber', got 'rmse'"),
-        ("trainer.loss.weights", {}, "unknown key trainer.loss.weights; known keys: kind, delta, variables, levels"),
+        ("trainer.loss.kind", "rmse", "trainer.loss.kind: input should be 'mse', 'mae', 'huber' or 'crps', got 'rmse'"),
+        (
+            "trainer.loss.weights",
+            {},
+            "unknown key trainer.loss.weights; known keys: kind, delta, members, variables, levels",
+        ),
         (
             "trainer.loss.variables",
             {"z": 2},

@@ -75,10 +75,19 @@ def fsdp_blocks(model: nn.Module) -> list[nn.Module]:
 
 def recompute_activations(blocks: Sequence[nn.Module]) -> None:
     """Keep only the inputs of these blocks; what their backward needs is computed again. Names stay."""
+    for block in _outermost(blocks):
+        become(block, _Recomputed)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the blocks of `model`, in place; names stay. Blocks alike are compiled once."""
+    for block in _outermost(fsdp_blocks(model)):
+        block.compile()
+
+
+def _outermost(blocks: Sequence[nn.Module]) -> list[nn.Module]:
     inside = {child for block in blocks for child in block.modules() if child is not block}
-    for block in blocks:
-        if block not in inside:
-            become(block, _Recomputed)
+    return [block for block in blocks if block not in inside]
 
 
 class _Recomputed(nn.Module):

@@ -13,7 +13,14 @@ from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
 from credit.domain_parallel.manager import DomainParallelManager
 from credit.errors import ConfigError
 from credit.parallel.collectives import allreduce_grads_avg
-from credit.parallel.fsdp2 import apply_ddp, apply_fsdp2, fsdp_blocks, gradient_mesh, recompute_activations
+from credit.parallel.fsdp2 import (
+    apply_ddp,
+    apply_fsdp2,
+    compile_blocks,
+    fsdp_blocks,
+    gradient_mesh,
+    recompute_activations,
+)
 from credit.parallel.mesh import parse_parallelism_conf
 from credit.parallel.tensor_parallel import apply_tensor_parallel
 
@@ -45,6 +52,8 @@ def parallelize(
     )
     if "dp" in names:
         _refuse_batch_norm(model)
+    if trainer.get("compile"):
+        compile_blocks(model)
     over = _fsdp_mesh(mesh, trainer)
     if parallelism["data"] == "fsdp2" and over is not None:
         return apply_fsdp2(model, over, conf)

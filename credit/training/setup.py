@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -46,6 +48,9 @@ def prepare_model(job: Job, fields: Fields) -> nn.Module:
     config = job.config
     torch.manual_seed(config.trainer.seed)
     with together("building the model"):
+        compiler = os.environ.get("CXX", "g++")
+        if config.trainer.compile and shutil.which(compiler) is None:
+            raise ConfigError(f"trainer.compile needs a C++ compiler, and there is no {compiler} here: leave it out")
         try:
             model = build_model(config.model, fields.input_channels, len(fields.predicted), fields.store.grid.shape)
         except ValueError as error:

@@ -1,0 +1,92 @@
+"""Compiled blocks == blocks as they are, on every mesh that takes them."""
+
+from __future__ import annotations
+
+import os
+from functools import partialmethod
+
+import pytest
+import torch
+from torch import nn
+
+from credit.config import parse_config
+from credit.errors import ConfigError, CreditError
+from credit.launch.job import start_job
+from credit.training.train import TrainingRun
+from tests.training.test_parity import curve
+from tests.training.test_resume import on, small, with_transformer
+
+
+@pytest.fixture
+def raw(tmp_path) -> dict:
+    given = with_transformer(small(tmp_path))
+    given["trainer"].update(epochs=1)
+    return given
+
+
+def compiled(raw: dict, **more: object) -> dict:
+    return {**raw, "trainer": {**raw["trainer"], "compile": True, **more}}
+
+
+def traced_curve(raw: dict) -> tuple:
+    """Without inductor, whose C++ takes minutes to compile: what it is given, and the hooks around it, are the same."""
+    real = nn.Module.compile
+    os.environ["CXX"] = "true"  # no compiler is needed then
+    nn.Module.compile = partialmethod(real, backend="aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    try:
+        found = curve(raw)
+    finally:
+        nn.Module.compile = real
+        del os.environ["CXX"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    return found
+
+
+MESHES = {
+    "ddp": (2, "ddp", {}),
+    "fsdp2, in parts": (2, "fsdp2", {"accumulate": 2, "rollout": 2}),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_every_mesh_gives_the_curve_of_the_plain_model(worlds, raw, tmp_path, name: str) -> None:
+    size, data, more = MESHES[name]
+    raw["trainer"].update(more)
+    losses, valid, norms = curve(on(raw, tmp_path / "plain", "none", 1))
+    for found in worlds(size).run(traced_curve, compiled(on(raw, tmp_path / "compiled", data, 1))):
+        assert found[0] == pytest.approx(losses, rel=1e-9, abs=0)
+        assert found[1] == pytest.approx(valid, rel=1e-9, abs=0)
+        assert found[2] == pytest.approx(norms, rel=1e-8, abs=0)
+
+
+@pytest.mark.slow
+def test_real_code_is_generated_and_gives_the_same_numbers(raw, tmp_path) -> None:
+    raw["model"] = {"name": "unet", "width": 4, "levels": 1, "groups": 2}
+    losses, *_ = curve(on(raw, tmp_path / "plain", "none", 1))
+    torch._dynamo.utils.counters.clear()
+    found, *_ = curve(compiled(on(raw, tmp_path / "compiled", "none", 1)))
+    assert found == pytest.approx(losses, rel=1e-9, abs=0)
+    assert torch._dynamo.utils.counters["inductor"]
+
+
+@pytest.mark.parametrize("axis", ["tensor", "domain"])
+def test_meshes_that_cut_the_model_are_refused(raw, tmp_path, axis: str) -> None:
+    given = compiled(raw, parallelism={"data": "none", axis: 2})
+    with pytest.raises(ConfigError, match=f"trainer: compile has nothing to gain with parallelism.{axis}: 2"):
+        parse_config(given)
+
+
+def test_blocks_that_are_run_again_are_refused(raw) -> None:
+    with pytest.raises(ConfigError, match="trainer: compile and activation_checkpointing do not go together"):
+        parse_config(compiled(raw, activation_checkpointing=True))
+
+
+def test_no_compiler_is_said_at_once(raw, monkeypatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with (
+        start_job(lambda: parse_config(compiled(raw))) as job,
+        pytest.raises(CreditError, match=r"trainer.compile needs a C\+\+ compiler, and there is no no-such-compiler"),
+    ):
+        TrainingRun(job)
