@@ -111,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--ranks", type=int, default=None, help="with --dry-run: lay out this many ranks")
     train.add_argument("--profile", type=int, default=0, metavar="STEPS", help="write a chrome trace of some steps")
     _verb(verbs, "forecast", _forecast, "forecast the test period with the newest checkpoint, into forecast.zarr")
-    _verb(verbs, "score", _score, "RMSE, ACC, bias and spectra of forecast.zarr: a table, CSV files, and pictures")
+    _verb(
+        verbs, "score", _score, "RMSE, ACC, bias, CRPS and spectra of forecast.zarr: a table, CSV files, and pictures"
+    )
     check = verbs.add_parser(
         "check",
         help="check a config without starting ranks; `check parity`: the sharded model against the plain one",

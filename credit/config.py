@@ -294,7 +294,7 @@ class Loss(_Block):
     """crps: of an ensemble, whose members the model makes from noise that it is given as one more input."""
     delta: Annotated[float, Field(gt=0)] = 1.0
     """huber: half the square up to here, linear beyond."""
-    members: Annotated[int, Field(ge=2)] = 2
+    members: Annotated[int, Field(ge=2)] = 4
     """crps: members that are trained together, of each sample; a forecast may have more."""
     variables: dict[str, Weight] = {}
     """Weights of variables among each other; 1 for one that is not named."""

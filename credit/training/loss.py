@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -65,30 +66,38 @@ class LatitudeWeightedLoss(nn.Module):
         return (errors.mean(dim=1) * self.weights.to(errors.dtype)).sum(dim=(-2, -1))
 
 
+FAIRNESS = 0.95
+"""Of the score that is minimised: the fair one does not move a member while all others are at the truth, nor, of two
+members, either while the truth lies between them (Lang et al. 2024, arXiv:2412.15832, whose value this is)."""
+
+
 def pointwise(options: Loss) -> Callable[[Tensor, Tensor], Tensor]:
     """The error of each entry, from prediction (batch, member, ...) and target (batch, ...)."""
     match options.kind:
         case "mse":
             return lambda prediction, target: (prediction[:, 0] - target).square()
-        case "mae" | "crps":
-            return fair_crps
+        case "mae":
+            return lambda prediction, target: (prediction[:, 0] - target).abs()
+        case "crps":
+            return partial(crps, fairness=FAIRNESS)
         case "huber":
             return lambda prediction, target: F.huber_loss(
                 prediction[:, 0], target, reduction="none", delta=options.delta
             )
 
 
-def fair_crps(members: Tensor, truth: Tensor) -> Tensor:
+def crps(members: Tensor, truth: Tensor, fairness: float = 1.0) -> Tensor:
     """Continuous ranked probability score of (batch, member, ...) and (batch, ...), (batch, ...): the less the better.
 
-    The mean distance to the truth, less half the mean distance of two different members: that estimates the score of
-    the distribution which the members are drawn from, whatever their number (Ferro 2014, doi:10.1002/qj.2270). Of one
-    member it is the absolute error.
+    The mean distance to the truth, less half the mean distance of two members: with fairness 1 of two different ones,
+    which estimates the score of the distribution that the members are drawn from, whatever their number (Ferro 2014,
+    doi:10.1002/qj.2270), with fairness 0 of any two. Of one member it is the absolute error.
     """
     count = members.shape[1]
     score = (members - truth[:, None]).abs().mean(dim=1)
     for turn in range(1, count):  # each meets each other one
-        score = score - (members - members.roll(turn, 1)).abs().sum(dim=1) / (2 * count * (count - 1))
+        apart = (members - members.roll(turn, 1)).abs().sum(dim=1)
+        score = score - (1 - (1 - fairness) / count) * apart / (2 * count * (count - 1))
     return score
 
 

@@ -19,7 +19,7 @@ from credit.errors import DataError
 from credit.parallel.collectives import all_sum, together
 from credit.training.forecast import forecast_path
 from credit.training.log import Progress
-from credit.training.loss import fair_crps
+from credit.training.loss import crps
 
 FORECASTS = ("model", "persistence", "climatology")
 FIELDS = ("truth", *FORECASTS)
@@ -147,7 +147,7 @@ def score(config: Config, rank: int = 0, ranks: int = 1) -> Scores:
 
     RMSE is the root of the mean over starts of the area-weighted squared error, bias the mean error. ACC is the
     area-weighted correlation of anomalies from the training period's mean, not centred, averaged over starts (as in
-    Rasp et al. 2024, WeatherBench 2, section 3). CRPS is the mean of `fair_crps`, spread the root of the mean
+    Rasp et al. 2024, WeatherBench 2, section 3). CRPS is the mean of `crps`, spread the root of the mean
     (unbiased) variance of the members. The power of a zonal wave is its part in the mean square along a latitude,
     averaged over area, starts and members: over all wavenumbers it adds up to the mean square of the field.
 
@@ -201,8 +201,9 @@ def _add(sums: Sums, store: FieldStore, climatology: np.ndarray, leads: Iterator
     for lead, (begin, truth, members) in enumerate(leads):
         anomaly = truth - climatology
         for f, ensemble in enumerate((members, begin[None], climatology[None])):
-            crps = fair_crps(torch.from_numpy(ensemble)[None], torch.from_numpy(truth)[None])[0]
-            sums.crps[f, lead] += average(crps.numpy())
+            sums.crps[f, lead] += average(
+                crps(torch.from_numpy(ensemble)[None], torch.from_numpy(truth)[None])[0].numpy()
+            )
             candidate = ensemble.mean(axis=0)
             error, of_forecast = candidate - truth, candidate - climatology
             sums.squares[f, lead] += average(error**2)

@@ -78,6 +78,19 @@ def test_every_member_has_noise_of_its_own_in_every_step_and_draw(raw) -> None:
     assert torch.equal(state[0::2], batch["x"].double())
 
 
+def test_every_optimiser_step_draws_anew_and_so_does_validation(raw) -> None:
+    with start_job(lambda: parse_config(raw)) as job:
+        run, given = TrainingRun(job), []
+        batch, predict = next(iter(run.loaders["train"])), run.predict
+        run.predict = lambda x: (given.append(x[:, -1]), predict(x))[1]
+        run.train_step(batch, 0)
+        run.train_step(batch, 1)
+        list(run.shares_of_loss(batch, draw=0))  # as validation does, at every epoch
+    first, second, validation = given[0], given[2], given[4]
+    for one, other in ((first, second), (first, validation), (second, validation)):
+        assert not (one == other).any()
+
+
 # The same on every mesh
 
 

@@ -49,7 +49,8 @@ def written_out(options: Loss, on: Grid, prediction: np.ndarray, target: np.ndar
     error = np.abs(prediction - target)
     count = error.shape[1]
     apart = np.abs(prediction[:, :, None] - prediction[:, None]).sum(axis=(1, 2)) / max(count * (count - 1), 1)
-    crps = error - apart[:, None] / 2
+    of_any = np.abs(prediction[:, :, None] - prediction[:, None]).mean(axis=(1, 2))
+    crps = error - (0.95 * apart + 0.05 * of_any)[:, None] / 2
     small = error <= options.delta
     huber = np.where(small, error**2 / 2, options.delta * (error - options.delta / 2))
     of_cells = {"mse": error**2, "mae": error, "huber": huber, "crps": crps}[options.kind].mean(axis=-1)
