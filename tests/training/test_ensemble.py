@@ -18,6 +18,7 @@ from credit.layout import MeshShape
 from credit.models import DOMAIN_CONVERTERS
 from credit.models.unet import UNet
 from credit.parallel.plan import Planner
+from credit.training.check import model_shape
 from credit.training.forecast import forecast, roll_out
 from credit.training.noise import Noise
 from credit.training.train import TrainingRun, train
@@ -157,6 +158,14 @@ def test_members_of_a_model_that_gives_one_state_are_refused(raw) -> None:
     raw["trainer"]["loss"] = {"kind": "mse"}
     with pytest.raises(ConfigError, match=r"forecast.members: 3 would all be the same: .* by crps it learns"):
         parse_config(raw)
+
+
+def test_what_is_checked_and_planned_has_the_noise_too(raw) -> None:
+    with start_job(lambda: parse_config(raw)) as job:
+        run = TrainingRun(job)
+        batch = next(iter(run.loaders["train"]))
+        assert model_shape(job.config)[:2] == (batch["x"].shape[1] + 1, batch["y"].shape[2])
+        assert run.fields.input_channels == batch["x"].shape[1] + 1
 
 
 def test_a_plan_counts_members_as_samples() -> None:
