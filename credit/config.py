@@ -336,8 +336,7 @@ class Trainer(_Block):
     activation_checkpointing: bool = False
     """Keep the inputs of blocks alone, and compute the rest again in the backward: less memory, more time."""
     compile: bool = False
-    """Compile blocks with torch.compile: minutes before the first step, and shorter steps of models with attention. For
-    meshes of replicas alone."""
+    """Compile blocks with torch.compile: a minute or more before the first step, shorter steps. For replicas alone."""
     shard_over: Literal["dp_domain", "dp"] = "dp_domain"
     """The ranks over which fsdp2 shards parameters and optimiser states."""
     reshard_after_forward: bool = True

@@ -20,6 +20,10 @@ BLOCKS = ("Transformer", "UpBlock", "UpBlockPS")
 """Classes, by name, whose parameters are gathered one block at a time. A model adds its own as `fsdp_blocks`."""
 
 
+SHAPES_A_BLOCK = 8
+"""That are compiled: of training, validation and their last batches."""
+
+
 def gradient_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
     """The 1-D mesh of the ranks that see different rows or samples: dp x domain, flattened.
 
@@ -80,9 +84,16 @@ def recompute_activations(blocks: Sequence[nn.Module]) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile the blocks of `model`, in place; names stay. Blocks alike are compiled once."""
-    for block in _outermost(fsdp_blocks(model)):
-        block.compile()
+    """Compile the blocks of `model`, in place; names stay. Blocks alike are compiled once.
+
+    Each shape has code of its own: what torch makes for any shape, once it has met two, was four times slower than
+    eager code. All blocks count as one against its limit of shapes, beyond which it would go on in eager mode unsaid.
+    """
+    blocks = _outermost(fsdp_blocks(model))
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, SHAPES_A_BLOCK * len(blocks))
+    for block in blocks:
+        block.compile(dynamic=False)
 
 
 def _outermost(blocks: Sequence[nn.Module]) -> list[nn.Module]:

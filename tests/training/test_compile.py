@@ -12,6 +12,7 @@ from torch import nn
 from credit.config import parse_config
 from credit.errors import ConfigError, CreditError
 from credit.launch.job import start_job
+from credit.parallel.fsdp2 import compile_blocks
 from credit.training.train import TrainingRun
 from tests.training.test_parity import curve
 from tests.training.test_resume import on, small, with_transformer
@@ -59,6 +60,32 @@ def test_every_mesh_gives_the_curve_of_the_plain_model(worlds, raw, tmp_path, na
         assert found[0] == pytest.approx(losses, rel=1e-9, abs=0)
         assert found[1] == pytest.approx(valid, rel=1e-9, abs=0)
         assert found[2] == pytest.approx(norms, rel=1e-8, abs=0)
+
+
+class Square(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.square()
+
+
+class Squares(nn.Module):
+    fsdp_blocks = (Square,)
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Square() for _ in range(number))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [block(x[: i + 2]) for i, block in enumerate(self.blocks)]
+
+
+def test_every_shape_has_code_of_its_own_however_many(monkeypatch) -> None:
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = Squares(20)
+    compile_blocks(model)
+    model(torch.ones(30))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 20
 
 
 @pytest.mark.slow
