@@ -336,7 +336,7 @@ class Trainer(_Block):
     activation_checkpointing: bool = False
     """Keep the inputs of blocks alone, and compute the rest again in the backward: less memory, more time."""
     compile: bool = False
-    """Compile blocks with torch.compile: a minute or more before the first step, shorter steps. For replicas alone."""
+    """Compile blocks with torch.compile: a minute or more first, then mostly shorter steps. For replicas alone."""
     shard_over: Literal["dp_domain", "dp"] = "dp_domain"
     """The ranks over which fsdp2 shards parameters and optimiser states."""
     reshard_after_forward: bool = True
@@ -420,6 +420,11 @@ class Config(_Block):
     def noise_channels(self) -> int:
         """Inputs by which the members of an ensemble differ."""
         return int(self.trainer.loss.ensemble > 1)
+
+    @property
+    def given_channels(self) -> int:
+        """Inputs that the model does not predict: forcings, statics, noise."""
+        return len(self.data.forcings) + len(self.data.statics) + self.noise_channels
 
     @property
     def stats_path(self) -> Path:

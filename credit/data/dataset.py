@@ -30,7 +30,7 @@ class Fields:
         self._mean, self._std = (array[:, None, None] for array in statistics.arrays(names))
         increments = np.array([statistics.increment_std[name] for name in names])[:, None, None]
         self.increment_std = torch.from_numpy(increments / self._std).float()
-        self.input_channels = len(names) + len(data.forcings) + len(data.statics) + config.noise_channels
+        self.input_channels = len(names) + config.given_channels
         # Not all of the statistics: a worker is sent what is here, and their climatology is as large as a state.
         given = stored_names([*data.forcings, *data.statics])
         self._moments = {name: (statistics.mean[name], statistics.std[name]) for name in given}

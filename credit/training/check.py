@@ -68,7 +68,7 @@ class CutChannels:
 def model_shape(config: Config) -> tuple[int, int, tuple[int, int]]:
     """Channels in and out, and the grid, as `credit.data.dataset.Fields` has them."""
     data, path = config.data, store_path(config)
-    given = len(data.forcings) + len(data.statics) + config.noise_channels
+    given = config.given_channels
     if data.path == DEMO and not path.exists():
         grid = inspect.signature(write_demo).parameters["grid"].default
         return len(data.variables) + given, len(data.variables), grid

@@ -95,14 +95,16 @@ def test_every_optimiser_step_draws_anew_and_so_does_validation(raw) -> None:
 # The same on every mesh
 
 
-@pytest.mark.parametrize("more", [{}, {"rollout_detach": True, "accumulate": 2}], ids=["joined", "detached"])
-def test_every_mesh_gives_the_curve_of_one_process(worlds, raw, tmp_path, more) -> None:
+MESHES = [(4, "fsdp2", 2), (2, "ddp", 1), (3, "none", 3)]
+DETACHED = {"rollout_detach": True, "accumulate": 2}
+
+
+@pytest.mark.parametrize(("more", "meshes"), [({}, MESHES), (DETACHED, MESHES[:2])], ids=["joined", "detached"])
+def test_every_mesh_gives_the_curve_of_one_process(worlds, raw, tmp_path, more, meshes) -> None:
     raw["trainer"].update(more)
     losses, valid, norms = curve(on(raw, tmp_path / "alone", "none", 1))
     assert len(losses) == 5
-    for size, data, domain in ((3, "none", 3), (4, "fsdp2", 2), (2, "ddp", 1)):
-        if more and data == "none":
-            continue  # nothing of the mesh's is done otherwise
+    for size, data, domain in meshes:
         for found in worlds(size).run(curve, on(raw, tmp_path / f"{size}", data, domain)):
             assert found[0] == pytest.approx(losses, rel=1e-9, abs=0)
             assert found[1] == pytest.approx(valid, rel=1e-9, abs=0)
