@@ -117,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     check = verbs.add_parser(
         "check",
         help="check a config without starting ranks; `check parity`: the sharded model against the plain one",
-        description="credit check CONFIG: what can be checked without ranks. credit check parity CONFIG: with ranks.",
+        description="credit check CONFIG: what can be checked without ranks. credit check parity CONFIG: with ranks, "
+        "which are threads of this process unless a launcher has started some.",
         epilog=CHECK_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -262,18 +263,16 @@ def _parity(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--ranks {arguments.ranks} is not a multiple of trainer.parallelism.tensor: {tensor}")
         arguments.set = [*arguments.set, f"trainer.parallelism.domain={arguments.ranks // tensor}"]
     if choose().size == 1:
-        trainer = _load(arguments).trainer
-        ranks = trainer.parallelism.domain * trainer.parallelism.tensor
-        if ranks > 1:
-            from credit.launch.local import run_on_local_ranks
+        from credit.training.check import check_parity
 
-            again = ["check", "parity", arguments.config, *(f"--set={change}" for change in arguments.set)]
-            return run_on_local_ranks(again, ranks, trainer.timeout)
+        report = check_parity(_load(arguments))
+        print(report)
+        return 0 if report.exact else 1
     from credit.launch.job import start_job
-    from credit.training.check import check_parity
+    from credit.training.check import check_parity_of
 
     with start_job(lambda: _load(arguments)) as job:
-        report = check_parity(job)
+        report = check_parity_of(job)
         job.say(str(report))
     return 0 if report.exact else 1
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.halo_exchange import (
     add_gradients,
     add_pieces,
@@ -23,7 +24,6 @@ from credit.domain_parallel.halo_exchange import (
     send_rows,
     zero_gradients,
 )
-from credit.domain_parallel.manager import DomainParallelManager
 from credit.domain_parallel.partition import Halo, Partition, Plan, Window, make_plan
 
 Geometry = tuple[list[int], list[int], list[int], int]
@@ -49,7 +49,7 @@ def halo_conv(
     window: Window,
     length: int,
     dim: int,
-    manager: DomainParallelManager,
+    group: RankGroup,
 ) -> Tensor:
     """This rank's rows of the convolution of the whole field, padded past the edges as `window.mode` says.
 
@@ -60,13 +60,13 @@ def halo_conv(
         window: one for which `keeps_rows`.
         length: of the whole field along `dim`.
         dim: the sharded axis.
-        manager: gives the domain group.
+        group: the ranks that share the field.
     """
     if torch.is_autocast_enabled(_autocast_type(x)):
         kind = torch.get_autocast_dtype(_autocast_type(x))
         x, weight, bias = x.to(kind), weight.to(kind), bias if bias is None else bias.to(kind)
-    plan = make_plan(Halo(window), Partition(length, manager.domain_world_size), manager.domain_rank)
-    return _HaloConv.apply(x, weight, bias, geometry, window, plan, dim, manager)
+    plan = make_plan(Halo(window), Partition(length, group.size), group.rank)
+    return _HaloConv.apply(x, weight, bias, geometry, window, plan, dim, group)
 
 
 def _autocast_type(x: Tensor) -> str:
@@ -85,11 +85,11 @@ class _HaloConv(torch.autograd.Function):
         window: Window,
         plan: Plan,
         dim: int,
-        manager: DomainParallelManager,
+        group: RankGroup,
     ) -> Tensor:
         without_padding = _without_padding(geometry, dim, x)
         with torch.autocast(_autocast_type(x), enabled=False):
-            messages = send_rows(x, plan, dim, manager)
+            messages = send_rows(x, plan, dim, group)
             y = _conv(x, weight, bias, geometry)
             halo = assemble({plan.rank: x, **messages.wait()}, plan.pieces, dim, x)
             strips = []
@@ -99,14 +99,14 @@ class _HaloConv(torch.autograd.Function):
                 y.narrow(dim, edge.out, window.before).add_(change)
                 strips.append(strip)
         ctx.save_for_backward(x, weight, *strips)
-        ctx.geometry = geometry, without_padding, window, plan, dim, manager, bias is not None
+        ctx.geometry = geometry, without_padding, window, plan, dim, group, bias is not None
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *strips = ctx.saved_tensors
-        geometry, without_padding, window, plan, dim, manager, has_bias = ctx.geometry
+        geometry, without_padding, window, plan, dim, group, has_bias = ctx.geometry
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         of_halo = x.new_zeros([*x.shape[:dim], window.before + window.after, *x.shape[dim + 1 :]])
         weights = []
@@ -123,7 +123,7 @@ class _HaloConv(torch.autograd.Function):
         if wants_x:
             totals = zero_gradients(plan, x, dim)
             add_pieces(totals, of_halo, plan.pieces, dim)
-            messages = send_gradients(totals, x, plan, dim, manager)
+            messages = send_gradients(totals, x, plan, dim, group)
         mask = [wants_x, wants_weight, has_bias and ctx.needs_input_grad[2]]
         grad_x, grad_weight, grad_bias = _conv_backward(grad, x, weight, geometry, mask)
         for of_weight in weights if wants_weight else ():

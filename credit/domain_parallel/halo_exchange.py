@@ -13,23 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from credit.domain_parallel.groups import Messages, RankGroup
 from credit.domain_parallel.lengths import global_length
-from credit.domain_parallel.manager import (
-    DomainParallelError,
-    DomainParallelManager,
-    get_domain_parallel_manager,
-)
+from credit.domain_parallel.manager import DomainParallelError, get_domain_parallel_manager
 from credit.domain_parallel.partition import FILL, Partition, Piece, Plan, Window, make_plan
 
 
-def exchange(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager, fill: float = 0.0) -> Tensor:
+def exchange(x: Tensor, plan: Plan, dim: int, group: RankGroup, fill: float = 0.0) -> Tensor:
     """The rows of the global field that `plan` asks for, as one tensor.
 
     Args:
         x: this rank's shard, `plan.shard` rows along `dim`.
         plan: made by `make_plan` for this rank.
         dim: the sharded axis.
-        manager: gives the domain group and counts the traffic.
+        group: the ranks that share the field.
         fill: what the rows past a pole hold that belong to no rank.
 
     Returns:
@@ -37,50 +34,21 @@ def exchange(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager, fi
     """
     if plan.is_identity:
         return x
-    return _Exchange.apply(x, plan, dim % x.ndim, manager, fill)
-
-
-class Messages:
-    """Messages under way: one to each peer of `outgoing`, one from each of `incoming` (peer: shape)."""
-
-    def __init__(
-        self,
-        outgoing: dict[int, Tensor],
-        incoming: dict[int, list[int]],
-        like: Tensor,
-        manager: DomainParallelManager,
-    ) -> None:
-        self._received = {peer: like.new_empty(shape) for peer, shape in incoming.items()}
-        # What is sent must live until it is sent.
-        self._sent = {peer: tensor.contiguous() for peer, tensor in outgoing.items()}
-        self._requests = manager.start_messages(self._sent, self._received)
-
-    def wait(self) -> dict[int, Tensor]:
-        """What came, by peer."""
-        for request in self._requests:
-            request.wait()
-        return self._received
-
-
-def swap(
-    outgoing: dict[int, Tensor], incoming: dict[int, list[int]], like: Tensor, manager: DomainParallelManager
-) -> dict[int, Tensor]:
-    """Send and wait; see `Messages`."""
-    return Messages(outgoing, incoming, like, manager).wait()
+    return _Exchange.apply(x, plan, dim % x.ndim, group, fill)
 
 
 def _with_rows(shape: torch.Size, dim: int, rows: int) -> list[int]:
     return [*shape[:dim], rows, *shape[dim + 1 :]]
 
 
-def send_rows(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager) -> Messages:
+def send_rows(x: Tensor, plan: Plan, dim: int, group: RankGroup) -> Messages:
     """Start the messages of `plan`: the rows of `x` that the peers need."""
     outgoing = {
         peer: torch.cat([x.narrow(dim, first, count) for first, count in runs], dim)
         for peer, runs in plan.sends.items()
     }
     shapes = {peer: _with_rows(x.shape, dim, rows) for peer, rows in plan.receives.items()}
-    return Messages(outgoing, shapes, x, manager)
+    return group.start(outgoing, shapes, x)
 
 
 def assemble(source: dict[int, Tensor], pieces: Sequence[Piece], dim: int, like: Tensor, fill: float = 0.0) -> Tensor:
@@ -97,8 +65,8 @@ def assemble(source: dict[int, Tensor], pieces: Sequence[Piece], dim: int, like:
     return torch.cat(rows, dim) if rows else like.narrow(dim, 0, 0)
 
 
-def _gather_rows(x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager, fill: float = 0.0) -> Tensor:
-    received = send_rows(x, plan, dim, manager).wait()
+def _gather_rows(x: Tensor, plan: Plan, dim: int, group: RankGroup, fill: float = 0.0) -> Tensor:
+    received = send_rows(x, plan, dim, group).wait()
     return assemble({plan.rank: x, **received}, plan.pieces, dim, x, fill)
 
 
@@ -114,13 +82,11 @@ def add_pieces(totals: dict[int, Tensor], grad: Tensor, pieces: Sequence[Piece],
         totals[piece.source].narrow(dim, lowest, piece.count).add_(rows if piece.step == 1 else rows.flip(dim))
 
 
-def send_gradients(
-    totals: dict[int, Tensor], grad: Tensor, plan: Plan, dim: int, manager: DomainParallelManager
-) -> Messages:
+def send_gradients(totals: dict[int, Tensor], grad: Tensor, plan: Plan, dim: int, group: RankGroup) -> Messages:
     """Start the messages of the transposed plan: the gradients of received rows go back to their owners."""
     counts = {peer: sum(count for _, count in runs) for peer, runs in plan.sends.items()}
     shapes = {peer: _with_rows(grad.shape, dim, rows) for peer, rows in counts.items()}
-    return Messages(totals, shapes, grad, manager)
+    return group.start(totals, shapes, grad)
 
 
 def add_gradients(own: Tensor, received: dict[int, Tensor], plan: Plan, dim: int) -> None:
@@ -137,20 +103,20 @@ def zero_gradients(plan: Plan, grad: Tensor, dim: int) -> dict[int, Tensor]:
     return {peer: grad.new_zeros(_with_rows(grad.shape, dim, rows)) for peer, rows in plan.receives.items()}
 
 
-def _scatter_add_rows(grad: Tensor, plan: Plan, dim: int, manager: DomainParallelManager) -> Tensor:
+def _scatter_add_rows(grad: Tensor, plan: Plan, dim: int, group: RankGroup) -> Tensor:
     """The transpose of `_gather_rows`."""
     totals = zero_gradients(plan, grad, dim)
     own = grad.new_zeros(_with_rows(grad.shape, dim, plan.shard))
     add_pieces({**totals, plan.rank: own}, grad, plan.pieces, dim)
-    add_gradients(own, send_gradients(totals, grad, plan, dim, manager).wait(), plan, dim)
+    add_gradients(own, send_gradients(totals, grad, plan, dim, group).wait(), plan, dim)
     return own
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: Plan, dim: int, manager: DomainParallelManager, fill: float) -> Tensor:
-        ctx.geometry = plan, dim, manager
-        return _gather_rows(x, plan, dim, manager, fill)
+    def forward(ctx: Any, x: Tensor, plan: Plan, dim: int, group: RankGroup, fill: float) -> Tensor:
+        ctx.geometry = plan, dim, group
+        return _gather_rows(x, plan, dim, group, fill)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -159,9 +125,9 @@ class _Exchange(torch.autograd.Function):
 
 class _ExchangeTransposed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, plan: Plan, dim: int, manager: DomainParallelManager) -> Tensor:
-        ctx.geometry = plan, dim, manager
-        return _scatter_add_rows(grad, plan, dim, manager)
+    def forward(ctx: Any, grad: Tensor, plan: Plan, dim: int, group: RankGroup) -> Tensor:
+        ctx.geometry = plan, dim, group
+        return _scatter_add_rows(grad, plan, dim, group)
 
     @staticmethod
     def backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
@@ -172,11 +138,11 @@ class _HaloExchangeFunction(torch.autograd.Function):
     """Symmetric halo exchange as an autograd function; see `HaloExchange`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, halo_width: int, dim: int, manager: DomainParallelManager) -> Tensor:
-        length = global_length(x.shape[dim], manager, "HaloExchange")
+    def forward(ctx: Any, x: Tensor, halo_width: int, dim: int, group: RankGroup) -> Tensor:
+        length = global_length(x.shape[dim], group, "HaloExchange")
         window = Window(kernel=2 * halo_width + 1, before=halo_width, after=halo_width)
-        plan = make_plan(window, Partition(length, manager.domain_world_size), manager.domain_rank)
-        ctx.geometry = plan, dim % x.ndim, manager
+        plan = make_plan(window, Partition(length, group.size), group.rank)
+        ctx.geometry = plan, dim % x.ndim, group
         return _gather_rows(x, *ctx.geometry)
 
     @staticmethod
@@ -208,7 +174,7 @@ class HaloExchange(nn.Module):
         if manager is None or manager.domain_world_size == 1:
             zeros = x.new_zeros(_with_rows(x.shape, self.dim % x.ndim, self.halo_width))
             return torch.cat([zeros, x, zeros], self.dim)
-        return _HaloExchangeFunction.apply(x, self.halo_width, self.dim, manager)
+        return _HaloExchangeFunction.apply(x, self.halo_width, self.dim, manager.group)
 
     @staticmethod
     def trim(x: Tensor, halo_before: int, halo_after: int, dim: int = -2) -> Tensor:

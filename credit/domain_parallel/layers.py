@@ -98,9 +98,10 @@ class DomainParallelLayer(nn.Module):
         if manager is None or isinstance(x, Slab) or is_inside_model():
             return self.on_slab(x, *args, **kwargs)
         dim = self._dim
-        partition = Partition(global_length(x.shape[dim], manager, type(self).__name__), manager.domain_world_size)
+        length = global_length(x.shape[dim], manager.group, type(self).__name__)
+        partition = Partition(length, manager.domain_world_size)
         with inside_model():
-            y = self.on_slab(Slab(x, x.ndim + dim, partition, manager), *args, **kwargs)
+            y = self.on_slab(Slab(x, x.ndim + dim, partition, manager.group), *args, **kwargs)
         if isinstance(y, Slab):
             return plainly_cut(y).local
         raise DomainParallelError(

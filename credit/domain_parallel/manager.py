@@ -2,47 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-_manager: DomainParallelManager | None = None
+from credit.domain_parallel.groups import Alone, ProcessRanks, RankGroup, Traffic, device_type
+
+
+class RankState:
+    """What belongs to a rank, be it a process or a thread.
+
+    Attributes:
+        manager: the one that layers use when none is given.
+    """
+
+    manager: DomainParallelManager | None = None
+
+
+_process = RankState()
+_thread = threading.local()
+
+
+def _state() -> RankState:
+    return getattr(_thread, "state", _process)
+
+
+@contextmanager
+def as_rank(state: RankState) -> Iterator[RankState]:
+    """While it lasts, this thread is a rank of its own."""
+    before = _state()
+    _thread.state = state
+    try:
+        yield state
+    finally:
+        _thread.state = before
 
 
 class DomainParallelError(RuntimeError):
     """An operation has no exact sharded form here. Names the module, the reason and the remedy."""
 
 
-@dataclass
-class Traffic:
-    """What this rank has put on the wire for domain parallelism since `reset`.
-
-    Attributes:
-        messages: point-to-point messages sent (halo rows and their gradients).
-        bytes: payload of those messages.
-        collectives: collective calls (norm statistics, settling of lengths).
-        collective_bytes: what this rank gave to them.
-    """
-
-    messages: int = 0
-    bytes: int = 0
-    collectives: int = 0
-    collective_bytes: int = 0
-
-    def reset(self) -> None:
-        self.messages = self.bytes = self.collectives = self.collective_bytes = 0
-
-    def count(self, given: Tensor) -> None:
-        """Take a collective call into account."""
-        self.collectives += 1
-        self.collective_bytes += given.nbytes
-
-
 class DomainParallelManager:
-    """Process groups and coordinates of one rank on the (dp, domain) layout.
+    """Groups and coordinates of one rank on the (dp, domain) layout.
 
     Domain groups are consecutive ranks. A job with tensor parallelism builds its manager from the mesh
     (`from_mesh`), so that the layout has one source.
@@ -70,7 +74,7 @@ class DomainParallelManager:
                     f"start under torchrun and call torch.distributed.init_process_group first"
                 )
             shape = (world_size // domain_parallel_size, domain_parallel_size)
-            mesh = init_device_mesh(_device_type(), shape, mesh_dim_names=("dp", "domain"))
+            mesh = init_device_mesh(device_type(), shape, mesh_dim_names=("dp", "domain"))
         self._bind(mesh, world_size, domain_parallel_size, shard_dim)
 
     @classmethod
@@ -86,13 +90,27 @@ class DomainParallelManager:
         self.world_size = world_size
         self.domain_parallel_size = domain_size
         self.shard_dim = shard_dim
+        self.group: RankGroup
         self.data_parallel_size = mesh["dp"].size() if mesh is not None and "dp" in names else 1
         self._domain_rank = mesh.get_local_rank("domain") if mesh is not None and "domain" in names else 0
         self._dp_rank = mesh.get_local_rank("dp") if mesh is not None and "dp" in names else 0
         self._domain_group_idx = dist.get_rank() // domain_size if mesh is not None else 0
         self._domain_group = mesh.get_group("domain") if mesh is not None and "domain" in names else None
         self._dp_group = mesh.get_group("dp") if mesh is not None and "dp" in names else None
-        self.traffic = Traffic()
+        self.group = ProcessRanks(self._domain_group) if self._domain_group is not None else Alone()
+
+    @classmethod
+    def of_group(cls, group: RankGroup, shard_dim: int = -2) -> DomainParallelManager:
+        """The manager of one domain group, whatever its ranks are: threads, say."""
+        self = cls.__new__(cls)
+        self._bind(None, group.size, group.size, shard_dim)
+        self.group, self._domain_rank = group, group.rank
+        return self
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank has given to its domain group."""
+        return self.group.traffic
 
     @property
     def domain_group(self) -> dist.ProcessGroup | None:
@@ -138,41 +156,10 @@ class DomainParallelManager:
     def global_rank(self, domain_rank: int) -> int:
         """Global rank of a member of this rank's domain group."""
         if self._domain_group is None:
-            return dist.get_rank() if dist.is_initialized() else 0
+            return dist.get_rank() if self.group.size == 1 and dist.is_initialized() else domain_rank
         return dist.get_global_rank(self._domain_group, domain_rank)
 
-    @property
-    def message_device(self) -> torch.device:
-        """Where small control messages of the domain group live: the CPU if the group can do that."""
-        if "gloo" in str(dist.get_backend_config(self._domain_group)):
-            return torch.device("cpu")
-        return torch.device(_device_type(), torch.accelerator.current_device_index())
-
-    def all_reduce(self, values: Tensor) -> None:
-        """Sum over the domain ranks, in place."""
-        dist.all_reduce(values, group=self._domain_group)
-        self.traffic.count(values)
-
-    def all_gather(self, values: Tensor) -> Tensor:
-        """(domain rank, ...): the `values` of every rank."""
-        everyone = values.new_empty(self.domain_parallel_size, *values.shape)
-        dist.all_gather(list(everyone.unbind()), values, group=self._domain_group)
-        self.traffic.count(values)
-        return everyone
-
-    def start_messages(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> list[dist.Work]:
-        """Begin to send to, and to receive from, these domain ranks. Empty tensors are not sent."""
-        group = self._domain_group
-        sends = {peer: tensor for peer, tensor in outgoing.items() if tensor.numel()}
-        ops = [dist.P2POp(dist.isend, tensor, self.global_rank(peer), group) for peer, tensor in sends.items()]
-        for peer, tensor in incoming.items():
-            if tensor.numel():
-                ops.append(dist.P2POp(dist.irecv, tensor, self.global_rank(peer), group))
-        self.traffic.messages += len(sends)
-        self.traffic.bytes += sum(tensor.nbytes for tensor in sends.values())
-        return dist.batch_isend_irecv(ops) if ops else []
-
-    # A process group cannot be copied or stored: a copied model keeps its manager, and a model that is
+    # A group cannot be copied or stored: a copied model keeps its manager, and a model that is
     # loaded again in another process takes the manager of that process.
     def __deepcopy__(self, memo: dict) -> DomainParallelManager:
         return self
@@ -187,12 +174,6 @@ class DomainParallelManager:
         )
 
 
-def _device_type() -> str:
-    backend = dist.get_backend()
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if backend == "gloo" or accelerator is None else accelerator.type
-
-
 def initialize_domain_parallel(
     world_size: int, domain_parallel_size: int, shard_dim: int = -2
 ) -> DomainParallelManager:
@@ -202,11 +183,10 @@ def initialize_domain_parallel(
 
 def set_domain_parallel_manager(manager: DomainParallelManager) -> DomainParallelManager:
     """Make `manager` (built from a mesh, say) the one that layers use when none is given."""
-    global _manager
-    _manager = manager
+    _state().manager = manager
     return manager
 
 
 def get_domain_parallel_manager() -> DomainParallelManager | None:
     """The manager set last by `initialize_domain_parallel`, or None."""
-    return _manager
+    return _state().manager

@@ -9,25 +9,28 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from credit.domain_parallel import slab as slabs
 from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
 from credit.domain_parallel.layers import DomainParallelLayer, DomainParallelRoot
 from credit.domain_parallel.lengths import gather_numbers
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager, get_domain_parallel_manager
+from credit.domain_parallel.partition import PartitionError
 from credit.domain_parallel.reshard import AllSum, own, whole
 from credit.domain_parallel.root import Border
 from credit.domain_parallel.sharding import shard_tensor
-from credit.domain_parallel.slab import Slab
+from credit.domain_parallel.slab import Slab, name_of, observed
+from credit.domain_parallel.thread_ranks import RankError, ThreadWorld, thread_ranks
 
 KINDS = ("output", "input gradient", "parameter gradient", "buffer")
 ROUNDING = 1e-4
+THREADS = 3
+"""Ranks to be made where none are there: with fewer none has two neighbours."""
 
 Key = tuple[str, str]
 """Kind and name of a tensor; of a module's output, the module's path and a number."""
@@ -106,8 +109,12 @@ def verify_parity(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     cut: Cut | None = None,
+    ranks: int | None = None,
 ) -> ParityReport:
-    """Compare `model` converted, on shards, with `model` on whole fields. To be called on every domain rank.
+    """Compare `model` converted, on shards, with `model` on whole fields.
+
+    Without a manager, by itself: threads of this process are the ranks, and the numbers are those of processes.
+    Otherwise to be called on every domain rank of the manager.
 
     Compared are outputs, gradients of inputs and of parameters under random cotangents, and buffers afterwards. All
     work is done on copies in `dtype`, `model` and the random generators stay as they are. In the copies, trainable
@@ -123,25 +130,77 @@ def verify_parity(
         tolerance: the largest error that counts as exact; see `ParityReport.errors`.
         seed: of what the model draws, and of the cotangents.
         cut: what else is done to the sharded model, before it is converted.
+        ranks: how many domain ranks to make, in place of a manager; 3 where there is none.
 
     Raises:
         DomainParallelError: on every rank, if something in the model is refused, or if the model is converted
             already, cannot be copied, gives no tensors, or is not the same on all domain ranks, or its inputs are not.
         PartitionError: if an input has fewer rows than there are domain ranks.
     """
-    manager = manager or get_domain_parallel_manager() or DomainParallelManager(1, 1)
+    manager = manager or (get_domain_parallel_manager() if ranks is None else None)
+    if ranks is not None and manager is not None:
+        raise ValueError("give verify_parity a manager, whose ranks are there, or a number of ranks to be made")
+    if manager is None:
+        ranks = ranks or THREADS
+        found = _comparison(model, example_inputs, kwargs, shard_dim, custom_converters, dtype, tolerance, seed)
+        return _on_threads(found, ranks, lambda world: Place(DomainParallelManager.of_group(world.group())))
+    _refuse_differences(model, tree_leaves((example_inputs, kwargs or {})), manager)
+    with _generators_kept():
+        found = _comparison(model, example_inputs, kwargs, shard_dim, custom_converters, dtype, tolerance, seed)
+        return found.report(Place(manager, cut))
+
+
+def verify_parity_at(
+    places: Callable[[ThreadWorld], Place],
+    model: nn.Module,
+    example_inputs: tuple,
+    ranks: int,
+    custom_converters: Mapping[Any, Converter] | None = None,
+    tolerance: float = 1e-9,
+    seed: int = 0,
+) -> ParityReport:
+    """`verify_parity` on `ranks` threads that make up several groups.
+
+    Args:
+        places: called on every rank: where its part of the model runs.
+    """
+    found = _comparison(model, example_inputs, None, -2, custom_converters, torch.float64, tolerance, seed)
+    return _on_threads(found, ranks, places)
+
+
+def _on_threads(comparison: _Comparison, ranks: int, places: Callable[[ThreadWorld], Place]) -> ParityReport:
+    """The plain model is run once, and its results are shared."""
+    with _generators_kept(), thread_ranks(ranks) as world:
+        _ = comparison.expected  # found before ranks take turns
+        try:
+            return world.run(lambda: comparison.report(places(world)))[0]
+        except RankError as error:
+            first, *others = error.errors.values()
+            if isinstance(first, DomainParallelError | PartitionError) and {*map(str, others)} <= {str(first)}:
+                raise first from None
+            raise
+
+
+def _generators_kept() -> Any:
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
+
+
+def _comparison(
+    model: nn.Module,
+    example_inputs: tuple,
+    kwargs: dict | None,
+    shard_dim: int,
+    custom_converters: Mapping[Any, Converter] | None,
+    dtype: torch.dtype,
+    tolerance: float,
+    seed: int,
+) -> _Comparison:
+    if any(isinstance(module, DomainParallelLayer | DomainParallelRoot) for module in model.modules()):
+        raise DomainParallelError("verify_parity takes the plain model, and converts a copy: this one is converted")
     leaves, structure = tree_flatten((example_inputs, kwargs or {}))
-    _refuse_unfit(model, leaves, manager)
-    leaves = [_cast(x, dtype) if isinstance(x, Tensor) else x for x in leaves]
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        prepared, border = _prepared(model, dtype, seed), Border(manager, shard_dim)
-        comparison = _Comparison(prepared, leaves, structure, border, custom_converters, dtype, seed, cut)
-        errors, calls = comparison.compare()
-        report = ParityReport(manager.domain_world_size, dtype, tolerance, errors, calls)
-        if report.exact:
-            return report
-        first, first_error = comparison.first_departure(tolerance)
-    return dataclasses.replace(report, first=first, first_error=first_error)
+    leaves = [_cast(x.detach(), dtype) if isinstance(x, Tensor) else x for x in leaves]
+    prepared = _prepared(model, dtype, seed)
+    return _Comparison(prepared, leaves, structure, shard_dim, custom_converters, dtype, tolerance, seed)
 
 
 class Cut(Protocol):
@@ -153,59 +212,52 @@ class Cut(Protocol):
         """The plain model's gradients, from those by name of a rank."""
 
 
-class _Run:
-    """One of the two models, run forward on `leaves` of (args, kwargs), the sharded one on this rank's rows."""
+@dataclass(frozen=True)
+class Place:
+    """Where one rank's part of a sharded model runs.
 
-    def __init__(
-        self, model: nn.Module, leaves: list[Any], structure: Any, border: Border, seed: int, cut: Cut | None
-    ) -> None:
-        self.model, self.border, self.cut = model, border, cut
-        self.is_sharded = isinstance(model, DomainParallelRoot)
-        self.inputs = {i: self._entering(x.detach()) for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+    Attributes:
+        manager: of the domain group.
+        cut: what else is done to the model, before it is converted.
+    """
+
+    manager: DomainParallelManager
+    cut: Cut | None = None
+
+
+class _Run:
+    """A model that was run forward on `leaves` of (args, kwargs)."""
+
+    def __init__(self, model: nn.Module, leaves: list[Any], structure: Any, seed: int) -> None:
+        self.model = model
+        self.inputs = {i: x for i, x in enumerate(leaves) if isinstance(x, Tensor)}
         # A model may change in place what it is given, which autograd forbids of leaves.
-        given = [self.inputs[i].clone() if i in self.inputs else x for i, x in enumerate(leaves)]
+        given = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
         args, kwargs = tree_unflatten(given, structure)
         torch.manual_seed(seed)
         self.outputs = _tensors(model(*args, **kwargs))
 
-    def _entering(self, x: Tensor) -> Tensor:
-        if self.is_sharded and self.border.is_field(x):
-            x = shard_tensor(x, self.border.shard_dim, self.border.manager)
-        return x.requires_grad_(_has_gradient(x))
-
-    def _leaving(self, x: Tensor) -> Tensor:
-        """What this rank is to have of a tensor at the border of the model, which the sharded one has cut."""
-        return x if self.is_sharded else self.border.leave(x)
-
-    def _total(self, x: Tensor) -> Tensor:
-        """The gradient of what is whole on every rank, which the sharded model leaves in parts."""
-        return AllSum.apply(x, self.border.manager) if self.is_sharded else x
-
     def backward(self, cotangents: list[Tensor]) -> None:
-        """From cotangents of the whole outputs."""
-        if self.is_sharded:
-            cotangents = [self.border.leave(cotangent) for cotangent in cotangents]
         pairs = [pair for pair in zip(self.outputs, cotangents, strict=True) if pair[0].requires_grad]
         torch.autograd.backward([y for y, _ in pairs], [cotangent for _, cotangent in pairs])
 
-    def named_outputs(self) -> dict[Key, Tensor]:
-        return {("output", str(i)): self._leaving(y) for i, y in enumerate(self.outputs)}
+    def input_gradients(self) -> dict[int, Tensor]:
+        return {i: _gradient(x) for i, x in self.inputs.items() if x.requires_grad}
 
-    def named_gradients(self) -> dict[Key, Tensor]:
-        found = {}
-        for i, x in self.inputs.items():
-            if x.requires_grad:
-                gradient = self._leaving(_gradient(x))
-                found["input gradient", str(i)] = gradient if self.border.is_field(x) else self._total(gradient)
-        gradients = {name: _gradient(parameter) for name, parameter in self.model.named_parameters()}
-        if self.cut is not None:
-            gradients = self.cut.whole(self.model, gradients)
-        for name, gradient in gradients.items():
-            found["parameter gradient", name] = self._total(gradient)
-        return found
+    def parameter_gradients(self) -> dict[str, Tensor]:
+        return {name: _gradient(parameter) for name, parameter in self.model.named_parameters()}
 
-    def named_buffers(self) -> dict[Key, Tensor]:
-        return {("buffer", name): whole(buffer) for name, buffer in self.model.named_buffers()}
+
+class _Expected:
+    """What the plain model gives, whole; found once."""
+
+    def __init__(self, run: _Run, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.cotangents = [_random(y, generator) for y in run.outputs]
+        run.backward(self.cotangents)
+        self.outputs = [y.detach() for y in run.outputs]
+        self.input_gradients, self.parameter_gradients = run.input_gradients(), run.parameter_gradients()
+        self.buffers = dict(run.model.named_buffers())
 
 
 @dataclass
@@ -215,67 +267,105 @@ class _Comparison:
     model: nn.Module
     leaves: list[Any]
     structure: Any
-    border: Border
+    shard_dim: int
     custom_converters: Mapping[Any, Converter] | None
     dtype: torch.dtype
+    tolerance: float
     seed: int
-    cut: Cut | None
 
-    def run(self, sharded: bool, see: Callable[[Key, Tensor], None] | None = None) -> _Run:
-        """A new copy of a model, run forward; `see` is given what its modules give."""
+    @cached_property
+    def expected(self) -> _Expected:
+        run = self.run(None)
+        if not run.outputs:
+            raise DomainParallelError(f"{type(self.model).__name__} gives no tensors: there is nothing to compare")
+        return _Expected(run, self.seed)
+
+    @cached_property
+    def expected_of_modules(self) -> dict[Key, Tensor]:
+        found: dict[Key, Tensor] = {}
+        self.run(None, see=lambda key, output: found.update({key: output.detach().clone()}))
+        return found
+
+    def run(self, place: Place | None, see: Callable[[Key, Tensor], None] | None = None) -> _Run:
+        """A new copy of the model, plain or at a place, run forward; `see` is given what its modules give."""
         model = copy.deepcopy(self.model)
-        if sharded:
-            manager, shard_dim = self.border.manager, self.border.shard_dim
-            model = model if self.cut is None else self.cut.apply(model)
-            model = convert_to_domain_parallel(model, manager, shard_dim, self.custom_converters)
+        enter = _with_gradient
+        if place is not None:
+            model = model if place.cut is None else place.cut.apply(model)
+            model = convert_to_domain_parallel(model, place.manager, self.shard_dim, self.custom_converters)
+            border = self.border(place)
+
+            def enter(x: Tensor) -> Tensor:
+                return _with_gradient(shard_tensor(x, self.shard_dim, place.manager) if border.is_field(x) else x)
+
         if see is not None:
             _watch(model, see)
-        return _Run(model, self.leaves, self.structure, self.border, self.seed, self.cut if sharded else None)
+        leaves = [enter(x) if isinstance(x, Tensor) else x for x in self.leaves]
+        return _Run(model, leaves, self.structure, self.seed)
 
-    def compare(self) -> tuple[dict[str, float], dict[str, int]]:
+    def border(self, place: Place) -> Border:
+        return Border(place.manager, self.shard_dim)
+
+    def report(self, place: Place) -> ParityReport:
+        """Of the sharded model whose part at `place` this is. Called by all ranks."""
+        errors, calls = self.compare(place)
+        report = ParityReport(place.manager.domain_world_size, self.dtype, self.tolerance, errors, calls)
+        if report.exact:
+            return report
+        first, first_error = self.first_departure(place)
+        return dataclasses.replace(report, first=first, first_error=first_error)
+
+    def compare(self, place: Place) -> tuple[dict[str, float], dict[str, int]]:
         """Errors by kind and name, and the torch functions that met slabs."""
-        plain = self.run(sharded=False)
-        if not plain.outputs:
-            raise DomainParallelError(f"{type(self.model).__name__} gives no tensors: there is nothing to compare")
+        expected, border = self.expected, self.border(place)
         calls: Counter[str] = Counter()
-        slabs.observer = lambda function: calls.update([torch.overrides.resolve_name(function) or str(function)])
-        try:
-            sharded = self.run(sharded=True)
-            pairs = _pairs(sharded.named_outputs(), plain.named_outputs())
+        with observed(lambda function: calls.update([name_of(function)])):
+            sharded = self.run(place)
+            pairs = _pairs("output", enumerate(sharded.outputs), enumerate(map(border.leave, expected.outputs)))
             # No cotangent fits an output of another shape, and a NaN leaves nothing to compare.
-            if all(map(math.isfinite, self.errors(pairs).values())):
-                generator = torch.Generator().manual_seed(self.seed)
-                cotangents = [_random(y, generator) for y in plain.outputs]
-                plain.backward(cotangents)
-                sharded.backward(cotangents)
-                pairs |= _pairs(sharded.named_gradients(), plain.named_gradients())
-        finally:
-            slabs.observer = None
-        pairs |= _pairs(sharded.named_buffers(), plain.named_buffers())
-        return {" ".join(key): error for key, error in self.errors(pairs).items()}, dict(calls)
+            if all(map(math.isfinite, self.errors(pairs, place).values())):
+                sharded.backward([border.leave(cotangent) for cotangent in expected.cotangents])
+                pairs |= self.gradients(sharded, place)
+        ours = {name: whole(buffer) for name, buffer in sharded.model.named_buffers()}
+        pairs |= _pairs("buffer", ours.items(), expected.buffers.items())
+        return {" ".join(key): error for key, error in self.errors(pairs, place).items()}, dict(calls)
 
-    def first_departure(self, tolerance: float) -> tuple[str, float] | tuple[None, None]:
-        """The first module, in order of execution, whose output is off by more than `tolerance`, and by how much."""
-        expected: dict[Key, Tensor] = {}
+    def gradients(self, sharded: _Run, place: Place) -> Pairs:
+        """Rows of the gradients of fields; of what is whole, the sum of the ranks' parts."""
+        border, expected = self.border(place), self.expected
+
+        def total(x: Tensor) -> Tensor:
+            return AllSum.apply(x, border.group)
+
+        ours = {i: x if border.is_field(x) else total(x) for i, x in sharded.input_gradients().items()}
+        theirs = {i: border.leave(x) if border.is_field(x) else x for i, x in expected.input_gradients.items()}
+        parameters = sharded.parameter_gradients()
+        if place.cut is not None:
+            parameters = place.cut.whole(sharded.model, parameters)
+        totals = {name: total(gradient) for name, gradient in parameters.items()}
+        return _pairs("input gradient", ours.items(), theirs.items()) | _pairs(
+            "parameter gradient", totals.items(), expected.parameter_gradients.items()
+        )
+
+    def first_departure(self, place: Place) -> tuple[str, float] | tuple[None, None]:
+        """The first module, in order of execution, whose output is off by more than tolerated, and by how much."""
+        expected, border = self.expected_of_modules, self.border(place)
         pairs: Pairs = {}
 
         def compare(key: Key, ours: Tensor) -> None:
             if key in expected:
-                pairs[key] = _module_pair(key[0], ours, expected[key], self.border)
+                pairs[key] = _module_pair(key[0], ours, expected[key], border)
 
-        self.run(sharded=False, see=lambda key, output: expected.update({key: output.detach().clone()}))
-        self.run(sharded=True, see=compare)
-        found = ((path or type(self.model).__name__, error) for (path, _), error in self.errors(pairs).items())
-        return next(((path, error) for path, error in found if error > tolerance), (None, None))
+        self.run(place, see=compare)
+        errors = self.errors(pairs, place)
+        found = ((path or type(self.model).__name__, error) for (path, _), error in errors.items())
+        return next(((path, error) for path, error in found if error > self.tolerance), (None, None))
 
-    def errors(self, pairs: Pairs) -> dict[Key, float]:
+    def errors(self, pairs: Pairs, place: Place) -> dict[Key, float]:
         """What `ParityReport.errors` says, over the rows of all ranks."""
-        manager = self.border.manager
-        table = torch.tensor([*pairs.values()], dtype=torch.float64)
-        if manager.domain_world_size > 1:
-            table = table.to(manager.message_device)
-            dist.all_reduce(table, dist.ReduceOp.MAX, group=manager.domain_group)
-        totals = dict(zip(pairs, table.tolist(), strict=True))
+        group = place.manager.group
+        table = torch.tensor([*pairs.values()], dtype=torch.float64, device=group.message_device)
+        totals = dict(zip(pairs, group.all_reduce(table, "max").tolist(), strict=True))
         noise = torch.finfo(self.dtype).eps ** 0.25
         largest: dict[str, float] = {}
         for (kind, _), (_, size) in totals.items():
@@ -295,14 +385,12 @@ def _module_pair(path: str, ours: Tensor, theirs: Tensor, border: Border) -> tup
     return _pair(ours, theirs) if ours.shape == theirs.shape else (0.0, 0.0)
 
 
-def _refuse_unfit(model: nn.Module, leaves: list[Any], manager: DomainParallelManager) -> None:
-    if any(isinstance(module, DomainParallelLayer | DomainParallelRoot) for module in model.modules()):
-        raise DomainParallelError("verify_parity takes the plain model, and converts a copy: this one is converted")
+def _refuse_differences(model: nn.Module, leaves: list[Any], manager: DomainParallelManager) -> None:
     if manager.domain_world_size == 1:
         return
     modes = torch.tensor([module.training for module in model.modules()])
     numbers = [_digest([modes, *model.parameters(), *model.buffers()]), _digest(leaves)]
-    columns = zip(*gather_numbers(numbers, manager), strict=True)
+    columns = zip(*gather_numbers(numbers, manager.group), strict=True)
     for what, column in zip(("weights, buffers or modes", "example inputs"), columns, strict=True):
         odd = [rank for rank, number in enumerate(column) if number != column[0]]
         if odd:
@@ -340,6 +428,10 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     if not _has_gradient(x):
         return x
     return x.to(dtype.to_complex() if x.is_complex() else dtype)
+
+
+def _with_gradient(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(_has_gradient(x))
 
 
 def _has_gradient(x: Tensor) -> bool:
@@ -383,8 +475,10 @@ def _watch(model: nn.Module, see: Callable[[Key, Tensor], None]) -> None:
         module.register_forward_hook(hook_of(path))
 
 
-def _pairs(ours: dict[Key, Tensor], theirs: dict[Key, Tensor]) -> Pairs:
-    return {key: _pair(ours.get(key), theirs.get(key)) for key in theirs | ours}
+def _pairs(kind: str, ours: Iterable[tuple[Any, Tensor]], theirs: Iterable[tuple[Any, Tensor]]) -> Pairs:
+    """Of tensors of one kind, by name."""
+    a, b = dict(ours), dict(theirs)
+    return {(kind, str(name)): _pair(a.get(name), b.get(name)) for name in b | a}
 
 
 def _pair(ours: Tensor | None, theirs: Tensor | None) -> tuple[float, float]:

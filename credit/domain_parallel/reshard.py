@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from credit.domain_parallel.halo_exchange import exchange, swap
-from credit.domain_parallel.manager import DomainParallelManager
+from credit.domain_parallel.groups import RankGroup
+from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Everything, Partition, RowMap, Rows, make_plan
 from credit.domain_parallel.slab import Slab, is_slab, parts_of, rank_of
 
@@ -33,7 +33,7 @@ def recut(slab: Slab, partition: Partition) -> Slab:
         block, blocks, target = 1, source, partition
     local = _blocks(slab.local, slab.cut, block)
     plan = make_plan(Rows(range(target.length)), blocks, rank_of(slab), target)
-    local = exchange(local, plan, slab.cut, slab.manager)
+    local = exchange(local, plan, slab.cut, slab.group)
     return slab.like(local.flatten(slab.cut, slab.cut + 1), partition=partition)
 
 
@@ -53,10 +53,10 @@ def select(slab: Slab, operator: RowMap, fill: float = 0.0) -> Slab | Tensor:
     if out < parts_of(slab):
         rows = list(operator.needs(range(out), length)) if out else []
         plan = make_plan(Everything(tuple(rows)), slab.partition, rank_of(slab), _everyone(slab))
-        return exchange(slab.local, plan, slab.cut, slab.manager, fill)
+        return exchange(slab.local, plan, slab.cut, slab.group, fill)
     target = Partition(out, parts_of(slab))
     plan = make_plan(operator, slab.partition, rank_of(slab), target)
-    return slab.like(exchange(slab.local, plan, slab.cut, slab.manager, fill), partition=target)
+    return slab.like(exchange(slab.local, plan, slab.cut, slab.group, fill), partition=target)
 
 
 def _everyone(slab: Slab) -> Partition:
@@ -72,7 +72,7 @@ def whole(x: Any) -> Any:
     block = partition.inner
     blocks = Partition(partition.rows, partition.parts, partition.outer)
     plan = make_plan(Everything(), blocks, rank_of(x), _everyone(x))
-    local = exchange(_blocks(x.local, x.cut, block), plan, x.cut, x.manager)
+    local = exchange(_blocks(x.local, x.cut, block), plan, x.cut, x.group)
     return local.flatten(x.cut, x.cut + 1)
 
 
@@ -105,7 +105,7 @@ def other_axis(slab: Slab, taken: tuple[int, ...] = ()) -> int | None:
 def reshard(slab: Slab, cut: int) -> Slab:
     """The same tensor cut along another axis: an all-to-all in which every rank sends to every other once."""
     target = Partition(slab.shape[cut], parts_of(slab))
-    local = _Transpose.apply(slab.local, (slab.cut, slab.partition), (cut, target), slab.manager)
+    local = _Transpose.apply(slab.local, (slab.cut, slab.partition), (cut, target), slab.group)
     return slab.like(local, cut, target)
 
 
@@ -114,23 +114,23 @@ Cut = tuple[int, Partition]
 
 class _Transpose(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Cut, target: Cut, manager: DomainParallelManager) -> Tensor:
-        ctx.geometry = target, source, manager
-        return _all_to_all(x, source, target, manager)
+    def forward(ctx: Any, x: Tensor, source: Cut, target: Cut, group: RankGroup) -> Tensor:
+        ctx.geometry = target, source, group
+        return _all_to_all(x, source, target, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Transpose.apply(grad, *ctx.geometry), None, None, None
 
 
-def _all_to_all(x: Tensor, source: Cut, target: Cut, manager: DomainParallelManager) -> Tensor:
+def _all_to_all(x: Tensor, source: Cut, target: Cut, group: RankGroup) -> Tensor:
     (old_axis, old), (axis, new) = source, target
-    rank, peers = manager.domain_rank, range(manager.domain_world_size)
+    rank, peers = group.rank, range(group.size)
     parts = {peer: part(x, axis, new, peer) for peer in peers}
     shape = list(parts[rank].shape)
     shapes = {peer: [*shape[:old_axis], old.size(peer), *shape[old_axis + 1 :]] for peer in peers if peer != rank}
     mine = parts.pop(rank)
-    received = {rank: mine, **swap(parts, shapes, x, manager)}
+    received = {rank: mine, **group.start(parts, shapes, x).wait()}
     # Within each outer index the ranks' rows follow one another.
     pieces = [received[peer].unflatten(old_axis, (old.outer, -1)) for peer in peers]
     joined = torch.cat(pieces, old_axis + 1)
@@ -152,28 +152,26 @@ class AllSum(torch.autograd.Function):
     """The sum of what the ranks hold, on every rank; the backward sums the ranks' parts of the cotangent."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, manager: DomainParallelManager) -> Tensor:
-        ctx.manager = manager
-        total = x.contiguous().clone()
-        manager.all_reduce(total)
-        return total
+    def forward(ctx: Any, x: Tensor, group: RankGroup) -> Tensor:
+        ctx.group = group
+        return group.all_reduce(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return AllSum.apply(grad, ctx.manager), None
+        return AllSum.apply(grad, ctx.group), None
 
 
 class AllExtreme(torch.autograd.Function):
     """Largest (sign 1) or smallest (-1) over `dims` of all ranks' rows; ties share the gradient, as in torch.amax."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...], sign: int, manager: DomainParallelManager) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...], sign: int, group: RankGroup) -> Tensor:
         extreme = torch.amax if sign > 0 else torch.amin
         mine = extreme(x, dims, keepdim=True)
-        value = extreme(manager.all_gather(mine), 0)  # not by a MAX on the wire, which may lose what is no number
+        value = extreme(group.all_gather(mine), 0)  # not by a MAX on the wire, which may lose what is no number
         ctx.save_for_backward(x, value)
-        ctx.dims, ctx.manager = dims, manager
-        return value
+        ctx.dims, ctx.group = dims, group
+        return value.clone()  # what is returned may be changed in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -181,5 +179,5 @@ class AllExtreme(torch.autograd.Function):
         x, value = ctx.saved_tensors
         chosen = x == value
         sums = torch.stack([grad, chosen.sum(ctx.dims, keepdim=True).to(grad.dtype)])
-        ctx.manager.all_reduce(sums)
-        return chosen * (sums[0] / sums[1]), None, None, None
+        total, count = ctx.group.all_reduce(sums)
+        return chosen * (total / count), None, None, None

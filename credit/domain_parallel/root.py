@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from credit.domain_parallel.lengths import check_lengths, gather_numbers
+from credit.domain_parallel.groups import RankGroup
+from credit.domain_parallel.lengths import check_lengths, gather_numbers, gather_texts
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import plain, reshard, whole
@@ -36,6 +36,11 @@ class Border:
 
     manager: DomainParallelManager
     shard_dim: int
+
+    @property
+    def group(self) -> RankGroup:
+        """The ranks that share a field."""
+        return self.manager.group
 
     def is_field(self, x: Any) -> bool:
         return isinstance(x, Tensor) and x.ndim >= 2 - self.shard_dim
@@ -67,7 +72,7 @@ class Border:
         rest = (root.training, torch.is_grad_enabled(), *(self._describe(leaf) for leaf in leaves))
         heights = [leaf.shape[self.shard_dim] for leaf in fields]
         padding = [-1] * (MAX_SHARDED_INPUTS - len(heights))
-        rows = gather_numbers([_digest(rest), _digest(generators), *heights, *padding], self.manager)
+        rows = gather_numbers([_digest(rest), _digest(generators), *heights, *padding], self.group)
         if len({(row[0], row.count(-1)) for row in rows}) > 1:
             self._refuse_disagreement(root, rest)
         columns = iter([[row[2 + i] for row in rows] for i in range(len(fields))])
@@ -76,9 +81,9 @@ class Border:
         return tree_unflatten(entered, structure), len({row[1] for row in rows}) == 1
 
     def _slab(self, x: Tensor, heights: list[int], name: str) -> Slab:
-        length = check_lengths(heights, self.manager, name)
-        partition = Partition(length, self.manager.domain_world_size)
-        return Slab(x, x.ndim + self.shard_dim, partition, self.manager)
+        length = check_lengths(heights, self.group, name)
+        partition = Partition(length, self.group.size)
+        return Slab(x, x.ndim + self.shard_dim, partition, self.group)
 
     def leave(self, output: Any) -> Any:
         """This rank's rows of the fields in `output`, whatever holds them."""
@@ -95,15 +100,15 @@ class Border:
                 with rules_of(type(x)):
                     refuse("leaving the model", "its output must be whole but for its rows")
             if not self.is_field(x):
-                return _Once.apply(whole(x), self.manager)
+                return _Once.apply(whole(x), self.group)
             axis = x.ndim + self.shard_dim
-            if x.shape[axis] >= self.manager.domain_world_size:
+            if x.shape[axis] >= self.group.size:
                 return plain(x if x.cut == axis else reshard(x, axis)).local
-            return _Once.apply(whole(x), self.manager)
-        if self.is_field(x) and x.shape[self.shard_dim] >= self.manager.domain_world_size:
-            rows = Partition(x.shape[self.shard_dim], self.manager.domain_world_size).range(self.manager.domain_rank)
+            return _Once.apply(whole(x), self.group)
+        if self.is_field(x) and x.shape[self.shard_dim] >= self.group.size:
+            rows = Partition(x.shape[self.shard_dim], self.group.size).range(self.group.rank)
             return x.narrow(self.shard_dim, rows.start, len(rows))
-        return _Once.apply(x, self.manager)
+        return _Once.apply(x, self.group)
 
     def _describe(self, leaf: Any) -> Any:
         """What must agree across the domain group, and may decide a model's path through its layers."""
@@ -115,8 +120,7 @@ class Border:
         return (*shape, str(leaf.dtype), leaf.requires_grad)
 
     def _refuse_disagreement(self, root: nn.Module, rest: tuple) -> None:
-        described: list[Any] = [None] * self.manager.domain_world_size
-        dist.all_gather_object(described, str(rest), group=self.manager.domain_group)
+        described = gather_texts(str(rest), self.group)
         lines = "\n".join(f"  domain rank {rank}: {text}" for rank, text in enumerate(described))
         raise DomainParallelError(
             f"{type(root).__name__}: the domain ranks were given different inputs. Apart from the rows of a field "
@@ -129,13 +133,13 @@ class _Once(torch.autograd.Function):
     """A whole tensor leaves the model on every rank: each computes the same loss, and the cotangent counts once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, manager: DomainParallelManager) -> Tensor:
-        ctx.manager = manager
+    def forward(ctx: Any, x: Tensor, group: RankGroup) -> Tensor:
+        ctx.group = group
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return (grad if ctx.manager.domain_rank == 0 else torch.zeros_like(grad)), None
+        return (grad if ctx.group.rank == 0 else torch.zeros_like(grad)), None
 
 
 def _generator_state() -> tuple:

@@ -46,8 +46,8 @@ def gather_tensor(x: Tensor, dim: int = -2, manager: DomainParallelManager | Non
     manager = _manager_or_global(manager)
     if manager is None:
         return x
-    length = global_length(x.shape[dim], manager, "gather_tensor")
-    return whole(Slab(x, dim % x.ndim, Partition(length, manager.domain_world_size), manager))
+    length = global_length(x.shape[dim], manager.group, "gather_tensor")
+    return whole(Slab(x, dim % x.ndim, Partition(length, manager.domain_world_size), manager.group))
 
 
 def reshard_tensor(x: Tensor, dim: int, new_dim: int, manager: DomainParallelManager | None = None) -> Tensor:
@@ -72,8 +72,8 @@ def reshard_tensor(x: Tensor, dim: int, new_dim: int, manager: DomainParallelMan
     dim, new_dim, parts = dim % x.ndim, new_dim % x.ndim, manager.domain_world_size
     if x.shape[new_dim] < parts:
         raise PartitionError(f"cannot cut axis {new_dim} of length {x.shape[new_dim]} over {parts} domain ranks")
-    length = global_length(x.shape[dim], manager, "reshard_tensor")
-    return reshard(Slab(x, dim, Partition(length, parts), manager), new_dim).local
+    length = global_length(x.shape[dim], manager.group, "reshard_tensor")
+    return reshard(Slab(x, dim, Partition(length, parts), manager.group), new_dim).local
 
 
 def shard_batch(

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager
+from credit.domain_parallel.groups import RankGroup
+from credit.domain_parallel.manager import DomainParallelError
 from credit.domain_parallel.partition import Partition, Span
 
 RULES: dict[Any, Callable[..., Any]] = {}
@@ -33,9 +34,6 @@ RULES: dict[Any, Callable[..., Any]] = {}
 
 COMPOSITE: dict[Any, Callable[..., Any]] = {}
 """Torch functions written in Python whose own body is run, on slabs."""
-
-observer: Callable[[Any], None] | None = None
-"""Called with every torch function that meets a slab, while it is set."""
 
 ASSIGN = "Assign to the tensor instead: x[rows] = x[rows] + y."
 """The remedy where a slice is changed in place."""
@@ -55,8 +53,30 @@ _NAMESPACES = {
     "linalg": torch.linalg,
     "special": torch.special,
 }
+_OWN = ("credit.domain_parallel", "credit.parallel", "torch.", "contextlib", "threading")
+"""Modules whose lines are not the model's code."""
+
 _local_grad_fn = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]
-_state = threading.local()
+
+
+class _State(threading.local):
+    """Of the rank that runs in this thread.
+
+    Attributes:
+        kind, func: of the slabs whose rule is running, and the torch function it is for.
+        inside: a converted model is running.
+        refusal: the last refusal in it.
+        observer: called with every torch function that meets a slab.
+    """
+
+    kind: type[Slab]
+    func: Any = None
+    inside = False
+    refusal: DomainParallelError | None = None
+    observer: Callable[[Any], None] | None = None
+
+
+_state = _State()
 
 
 class Slab(torch.Tensor):
@@ -65,7 +85,7 @@ class Slab(torch.Tensor):
     Attributes:
         cut: the axis that is cut, counted from the front.
         partition: how it is cut.
-        manager: the domain group that shares the tensor.
+        group: the ranks that share the tensor.
         shared: rows fetched for several windows at once, see `share_halo`.
         copies: whole tensors that torch would call views of this one, and their versions when they were made.
     """
@@ -75,22 +95,22 @@ class Slab(torch.Tensor):
 
     cut: int
     partition: Partition
-    manager: DomainParallelManager
+    group: RankGroup
     shared: tuple[Span, Tensor] | None
     copies: list[tuple[Tensor, int]]
     _local: Tensor
     _source: tuple[Tensor, int] | None
 
     @staticmethod
-    def __new__(cls, local: Tensor, cut: int, partition: Partition, manager: DomainParallelManager) -> Slab:
+    def __new__(cls, local: Tensor, cut: int, partition: Partition, group: RankGroup) -> Slab:
         shape = [*local.shape]
-        if shape[cut] != partition.size(manager.domain_rank):
+        if shape[cut] != partition.size(group.rank):
             raise AssertionError(f"{shape} does not hold the part of axis {cut} that {partition} gives this rank")
         shape[cut] = partition.length
         self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=local.dtype, device=local.device, requires_grad=local.requires_grad
         )
-        self._local, self.cut, self.partition, self.manager = local, cut, partition, manager
+        self._local, self.cut, self.partition, self.group = local, cut, partition, group
         self._source = self.shared = None
         self.copies = []
         return self
@@ -120,7 +140,7 @@ class Slab(torch.Tensor):
 
     def like(self, local: Tensor, cut: int | None = None, partition: Partition | None = None) -> Slab:
         """`local` as a slab that is cut like this one, or along `cut` as `partition` says."""
-        return type(self)(local, self.cut if cut is None else cut, partition or self.partition, self.manager)
+        return type(self)(local, self.cut if cut is None else cut, partition or self.partition, self.group)
 
     def remember_source(self, base: Slab) -> Slab:
         """Mark this slab as what torch calls a view of `base`, although its rows are a copy."""
@@ -129,6 +149,7 @@ class Slab(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        observer = _state.observer
         if observer is not None:
             observer(func)
         rule = RULES.get(func)
@@ -152,12 +173,23 @@ class Slab(torch.Tensor):
 
 # opt_einsum picks the functions it calls by the name of the tensor's module.
 Slab.__module__ = "torch"
+_State.kind = Slab
+
+
+@contextmanager
+def observed(observer: Callable[[Any], None]) -> Iterator[None]:
+    """While it lasts, `observer` is called with every torch function that meets a slab of this rank."""
+    before, _state.observer = _state.observer, observer
+    try:
+        yield
+    finally:
+        _state.observer = before
 
 
 @contextmanager
 def rules_of(kind: type[Slab], func: Any = None) -> Iterator[None]:
     """While a rule (of `func`) runs for slabs of this kind: others are plain tensors to it."""
-    before = getattr(_state, "kind", Slab), getattr(_state, "func", None)
+    before = _state.kind, _state.func
     _state.kind, _state.func = kind, func
     try:
         yield
@@ -172,12 +204,12 @@ def name_of(func: Any) -> str:
 
 def running() -> str:
     """The torch function whose rule is running."""
-    return name_of(getattr(_state, "func", None))
+    return name_of(_state.func)
 
 
 def is_slab(x: Any) -> TypeGuard[Slab]:
     """True if `x` is a slab of the kind that rules run for."""
-    return isinstance(x, getattr(_state, "kind", Slab))
+    return isinstance(x, _state.kind)
 
 
 class _Opened(NamedTuple):
@@ -185,16 +217,16 @@ class _Opened(NamedTuple):
     local: Any
     cut: int
     partition: Partition
-    manager: DomainParallelManager
+    group: RankGroup
 
     @staticmethod
     def of(x: Slab) -> _Opened:
         local = _Opened.of(x.local) if isinstance(x.local, Slab) else x.local
-        return _Opened(type(x), local, x.cut, x.partition, x.manager)
+        return _Opened(type(x), local, x.cut, x.partition, x.group)
 
     def close(self) -> Slab:
         local = self.local.close() if isinstance(self.local, _Opened) else self.local
-        return self.kind(local, self.cut, self.partition, self.manager)
+        return self.kind(local, self.cut, self.partition, self.group)
 
 
 def show_rows_to_hooks(module: nn.Module) -> None:
@@ -243,17 +275,17 @@ def torch_functions(name: str) -> list[Any]:
 
 
 def rank_of(slab: Slab) -> int:
-    return slab.manager.domain_rank
+    return slab.group.rank
 
 
 def parts_of(slab: Slab) -> int:
-    return slab.manager.domain_world_size
+    return slab.group.size
 
 
 @contextmanager
 def inside_model() -> Iterator[None]:
     """While a converted model runs, a plain tensor is whole; outside, it is a shard."""
-    before = getattr(_state, "inside", False)
+    before = _state.inside
     _state.inside, _state.refusal = True, None
     try:
         yield
@@ -266,27 +298,26 @@ def inside_model() -> Iterator[None]:
 
 def is_inside_model() -> bool:
     """True in the forward of a converted model, and when checkpointing runs parts of it again."""
-    return getattr(_state, "inside", False) or torch._C._current_graph_task_id() != -1
+    return _state.inside or torch._C._current_graph_task_id() != -1
 
 
 def refuse(call: str, reason: str, remedy: str = "") -> NoReturn:
     """Stop with the module, the line of the model's code and the remedy. Every rank meets the same call."""
-    module, place = _where()
-    kind = getattr(_state, "kind", Slab)
+    module, place = whereabouts(sys._getframe(1))
+    kind = _state.kind
     _state.refusal = DomainParallelError(
         f"{module}: {call} cannot be done on {kind.described}: {reason}.{place}\n{remedy or kind.remedy}"
     )
     raise _state.refusal
 
 
-def _where() -> tuple[str, str]:
-    """The innermost module of the model that is running, by its path, and the line of code it is at."""
-    frame: FrameType | None = sys._getframe(2)
+def whereabouts(frame: FrameType | None) -> tuple[str, str]:
+    """The innermost module of the model that runs in `frame`, by its path, and the line of code it is at."""
     modules: list[nn.Module] = []
     place = ""
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        own = name.startswith(("credit.domain_parallel", "credit.parallel", "torch.", "contextlib")) or name == "torch"
+        own = name.startswith(_OWN) or name == "torch"
         if not own and not place:
             line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
             place = f"\n  {frame.f_code.co_filename}:{frame.f_lineno}: {line}"

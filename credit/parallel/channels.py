@@ -12,69 +12,66 @@ layer adds up over ranks hands its cotangent to all of them.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree
 
-from credit.domain_parallel.manager import Traffic
+from credit.domain_parallel.groups import Messages, RankGroup, Reduction
 from credit.domain_parallel.slab import COMPOSITE, RULES, Slab, name_of, refuse, rules_of, running
 
 
-class ChannelGroup:
-    """The ranks that share a tensor's channels, as `Slab` asks for them. It moves nothing: rules that would, stop.
+class ChannelGroup(RankGroup):
+    """The ranks that share a tensor's channels. It moves no channels: rules that would, stop.
 
-    Attributes:
-        mesh: 1-D.
-        counted: the traffic of the sums.
+    Args:
+        ranks: what sums go over.
+        mesh: 1-D, of these ranks; None where there is none, and parameters are plain tensors.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
-        self.mesh = mesh
-        self.domain_world_size = mesh.size()
-        self.domain_rank = mesh.get_local_rank()
-        self.counted = Traffic()
+    def __init__(self, ranks: RankGroup, mesh: DeviceMesh | None = None) -> None:
+        super().__init__(ranks.rank, ranks.size)
+        self.ranks, self.mesh = ranks, mesh
+        self.traffic = ranks.traffic
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("all_reduce", "all_gather", "start_messages", "domain_group"):
-            refuse(running(), "it would move channels between ranks")
-        raise AttributeError(name)
+    def all_reduce(self, values: Tensor, reduction: Reduction = "sum") -> Tensor:
+        self._refuse()
 
-    def __deepcopy__(self, memo: dict) -> ChannelGroup:
-        return self
+    def all_gather(self, values: Tensor) -> Tensor:
+        self._refuse()
+
+    def start(self, outgoing: dict[int, Tensor], incoming: dict[int, list[int]], like: Tensor) -> Messages:
+        self._refuse()
+
+    _all_reduce, _all_gather, _start = all_reduce, all_gather, start
+
+    def _refuse(self) -> NoReturn:
+        refuse(running(), "it would move channels between ranks")
 
     def sum(self, partial: Tensor) -> Tensor:
         """The sum of the ranks' `partial`, on all of them."""
-        return _on_rows(_Sum, partial, self)
+        return _on_rows(_Sum, partial, self.ranks)
 
     def spread(self, x: Tensor) -> Tensor:
         """`x`, of which each rank will use a part: the parts of its cotangent are summed."""
-        return _on_rows(_Spread, x, self) if x.requires_grad and torch.is_grad_enabled() else x
+        return _on_rows(_Spread, x, self.ranks) if x.requires_grad and torch.is_grad_enabled() else x
 
-    def as_dtensor(self, mine: Tensor, dim: int) -> Tensor:
+    def as_parameter(self, mine: Tensor, dim: int) -> Tensor:
         """The tensor whose axis `dim` is cut over the ranks, of which this one has `mine`."""
-        return DTensor.from_local(mine, self.mesh, [Shard(dim)], run_check=False)
-
-    def add_up(self, values: Tensor) -> None:
-        """Sum over the ranks, in place."""
-        dist.all_reduce(values, group=self.mesh.get_group())
-        self.counted.count(values)
+        return mine if self.mesh is None else DTensor.from_local(mine, self.mesh, [Shard(dim)], run_check=False)
 
 
-def _on_rows(function: Any, x: Tensor, group: ChannelGroup) -> Tensor:
-    return x.like(function.apply(x.local, group)) if isinstance(x, Slab) else function.apply(x, group)
+def _on_rows(function: Any, x: Tensor, ranks: RankGroup) -> Tensor:
+    return x.like(function.apply(x.local, ranks)) if isinstance(x, Slab) else function.apply(x, ranks)
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, group: ChannelGroup) -> Tensor:
-        total = partial.contiguous().clone()
-        group.add_up(total)
-        return total
+    def forward(ctx: Any, partial: Tensor, ranks: RankGroup) -> Tensor:
+        return ranks.all_reduce(partial)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -83,17 +80,23 @@ class _Sum(torch.autograd.Function):
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ChannelGroup) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, ranks: RankGroup) -> Tensor:
+        ctx.ranks = ranks
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(grad, ctx.group), None
+        return _Sum.apply(grad, ctx.ranks), None
 
 
 class Channels(Slab):
-    """This rank's channels of a tensor; `manager` is a `ChannelGroup`."""
+    """This rank's channels of a tensor.
+
+    Attributes:
+        group: the tensor-parallel ranks that share it.
+    """
+
+    group: ChannelGroup
 
     described: ClassVar[str] = "channels cut over tensor-parallel ranks"
     remedy: ClassVar[str] = (
@@ -121,8 +124,8 @@ class Channels(Slab):
 Channels.__module__ = "torch"
 
 
-def _group_of(args: tuple, kwargs: dict) -> Any:
-    return next(x.manager for x in _pytree.tree_iter((args, kwargs)) if isinstance(x, Channels))
+def _group_of(args: tuple, kwargs: dict) -> ChannelGroup:
+    return next(x.group for x in _pytree.tree_iter((args, kwargs)) if isinstance(x, Channels))
 
 
 def _enter(x: Tensor, group: ChannelGroup) -> Tensor:

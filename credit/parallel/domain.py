@@ -79,8 +79,8 @@ def unpad_shard_interp(
     """
     if manager is None or manager.domain_world_size == 1:
         return _fitted(_unpadded(y_pred, padding_opt), image_h, image_w)
-    length = global_length(y_pred.shape[-2], manager, "unpad_shard_interp")
-    field: Tensor = Slab(y_pred, y_pred.ndim - 2, Partition(length, manager.domain_world_size), manager)
+    length = global_length(y_pred.shape[-2], manager.group, "unpad_shard_interp")
+    field: Tensor = Slab(y_pred, y_pred.ndim - 2, Partition(length, manager.domain_world_size), manager.group)
     with inside_model():
         field = _fitted(_unpadded(field, padding_opt), image_h, image_w)
     return Border(manager, -2).leave(field)

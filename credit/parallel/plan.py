@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
-from credit.domain_parallel.manager import DomainParallelManager, Traffic
+from credit.domain_parallel.groups import CountingRanks, Traffic
+from credit.domain_parallel.manager import DomainParallelManager
 from credit.errors import ConfigError
 from credit.parallel.channels import ChannelGroup
 from credit.parallel.fsdp2 import fsdp_blocks, recompute_activations
@@ -65,44 +66,6 @@ class Meter(TorchDispatchMode):
 
     def _drop(self, size: int) -> None:
         self.now -= size
-
-
-class _CountingManager(DomainParallelManager):
-    """A rank between others, all with as many rows; nothing is sent, everything is counted."""
-
-    def __init__(self, ranks: int) -> None:
-        self._bind(None, ranks, ranks, -2)
-        self._domain_rank = ranks // 2
-
-    @property
-    def message_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def all_reduce(self, values: Tensor) -> None:
-        self.traffic.count(values)
-
-    def all_gather(self, values: Tensor) -> Tensor:
-        self.traffic.count(values)
-        return values.expand(self.domain_parallel_size, *values.shape).clone()
-
-    def start_messages(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> list:
-        self.traffic.messages += sum(tensor.numel() > 0 for tensor in outgoing.values())
-        self.traffic.bytes += sum(tensor.nbytes for tensor in outgoing.values())
-        return []
-
-
-class _CountingChannels(ChannelGroup):
-    """The first of some tensor-parallel ranks, that sends nothing."""
-
-    def __init__(self, ranks: int) -> None:
-        self.domain_world_size, self.domain_rank = ranks, 0
-        self.counted = Traffic()
-
-    def as_dtensor(self, mine: Tensor, dim: int) -> Tensor:
-        return mine
-
-    def add_up(self, values: Tensor) -> None:
-        self.counted.count(values)
 
 
 @dataclass(frozen=True)
@@ -216,11 +179,12 @@ class Planner:
         dtype = torch.bfloat16 if trainer.get("amp") == "bf16" else getattr(torch, trainer.get("dtype", "float32"))
         channels, latitudes, longitudes = self.field
         rows = -(-latitudes // domain)
-        channel_group, manager = _CountingChannels(tp), _CountingManager(domain)
+        channels_of = ChannelGroup(CountingRanks(0, tp))
+        manager = DomainParallelManager.of_group(CountingRanks(domain // 2, domain))
         with torch.device("meta"):
             model = self.build(rows * domain)
         if tp > 1:
-            model = cut_channels(model, channel_group)
+            model = cut_channels(model, channels_of)
         model = convert_to_domain_parallel(model, manager, custom_converters=self.converters)
         blocks = fsdp_blocks(model)
         if trainer.get("activation_checkpointing"):
@@ -231,7 +195,7 @@ class Planner:
             meter = _measured(model, x, self.together)
         peak = meter.peak + (1 + trainer.get("rollout", 1)) * x.nbytes  # the input, and targets
         weights = _Weights(model, blocks, trainer)
-        return _Simulated(peak, meter.flops, weights, manager.traffic, channel_group.counted)
+        return _Simulated(peak, meter.flops, weights, manager.traffic, channels_of.traffic)
 
 
 def _measured(model: nn.Module, x: Tensor, steps: int) -> Meter:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree
 
+from credit.domain_parallel.groups import ProcessRanks
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import part
 from credit.domain_parallel.slab import refuse, rules_of
@@ -53,12 +54,14 @@ def apply_tensor_parallel(model: nn.Module, tp_mesh: DeviceMesh | None) -> nn.Mo
         TensorParallelError: if no block declares a pair, a path does not exist, a layer is neither nn.Linear nor a 1x1
             nn.Conv2d, or its channels do not divide over the ranks. On all ranks alike, before anything is changed.
     """
-    return model if tp_mesh is None or tp_mesh.size() == 1 else cut_channels(model, ChannelGroup(tp_mesh))
+    if tp_mesh is None or tp_mesh.size() == 1:
+        return model
+    return cut_channels(model, ChannelGroup(ProcessRanks(tp_mesh.get_group()), tp_mesh))
 
 
 def cut_channels(model: nn.Module, group: ChannelGroup) -> nn.Module:
     """`apply_tensor_parallel` for the ranks of `group`."""
-    ranks = group.domain_world_size
+    ranks = group.size
     blocks = [(path, module) for path, module in model.named_modules() if _declares(module, path)]
     if not blocks:
         raise TensorParallelError(
@@ -66,7 +69,7 @@ def cut_channels(model: nn.Module, group: ChannelGroup) -> nn.Module:
             f"{ranks} tensor-parallel ranks: use tensor: 1"
         )
     sites = [site for path, block in blocks for site in _sites(path, block, ranks)]
-    kinds: dict[nn.Module, type] = {}
+    kinds: dict[nn.Module, type[_CutLayer]] = {}
     for path, layer, kind, _ in sites:
         if kinds.setdefault(layer, kind) is not kind:
             raise TensorParallelError(f"{path} is declared both as a column and as a row layer")
@@ -92,14 +95,17 @@ def _declares(block: nn.Module, path: str) -> bool:
     return all(declared)
 
 
-Site = tuple[str, nn.Module, type, Partition]
+Site = tuple[str, nn.Module, "type[_CutLayer]", Partition]
 
 
 def _sites(path: str, block: Any, ranks: int) -> list[Site]:
     columns = (block._tp_col,) if isinstance(block._tp_col, str) else tuple(block._tp_col)
     fused = getattr(block, "_tp_fused", 1)
     sites: list[Site] = []
-    declared: list[tuple[type, str]] = [*((ColumnParallel, name) for name in columns), (RowParallel, block._tp_row)]
+    declared: list[tuple[type[_CutLayer], str]] = [
+        *((ColumnParallel, name) for name in columns),
+        (RowParallel, block._tp_row),
+    ]
     for kind, name in declared:
         where = f"{path}.{name}" if path else name
         try:
@@ -139,14 +145,14 @@ def _channels(layer: Any, outputs: bool) -> int:
     return layer.out_features if outputs else layer.in_features
 
 
-def _convert(layer: Any, kind: type, partition: Partition, group: ChannelGroup, uses: Counter) -> None:
-    dim = 0 if kind is ColumnParallel else 1
+def _convert(layer: Any, kind: type[_CutLayer], partition: Partition, group: ChannelGroup, uses: Counter) -> None:
+    dim = kind._dim
     layer._tp_cut = set()
     for name in ("weight", "bias") if dim == 0 else ("weight",):
         whole = layer._parameters.get(name)
         if whole is not None and uses[whole] == 1:
-            mine = part(whole.detach(), dim, partition, group.domain_rank).clone(memory_format=torch.contiguous_format)
-            layer._parameters[name] = nn.Parameter(group.as_dtensor(mine, dim), whole.requires_grad)
+            mine = part(whole.detach(), dim, partition, group.rank).clone(memory_format=torch.contiguous_format)
+            layer._parameters[name] = nn.Parameter(group.as_parameter(mine, dim), whole.requires_grad)
             layer._tp_cut.add(name)
     layer.__class__ = type(type(layer).__name__, (kind, type(layer)), {"__module__": type(layer).__module__})
     layer._tp_partition = partition
@@ -167,14 +173,25 @@ class _CutLayer(nn.Module):
     _tp_group: ChannelGroup
     _tp_cut: set[str]
 
-    def _mine(self, name: str, dim: int) -> Tensor | None:
-        """This rank's part of a parameter, which is stored, or taken out of the whole."""
-        value = getattr(self, name)
-        if value is None:
-            return None
-        if name in self._tp_cut:
-            return local(value)
-        return part(self._tp_group.spread(value), dim, self._tp_partition, self._tp_group.domain_rank)
+    _dim: int
+    """The axis of the weight that is cut."""
+
+    def _mine(self, name: str) -> Any:
+        """This rank's part of a parameter, which is stored, or taken out of the whole; None where there is none."""
+        value: Any = getattr(self, name)
+        if value is None or name in self._tp_cut:
+            return value if value is None else local(value)
+        return part(self._tp_group.spread(value), self._dim, self._tp_partition, self._tp_group.rank)
+
+    def whole(self, mine: Tensor) -> Tensor:
+        """A parameter, or its gradient, from the ranks' parts of it. Called by all ranks."""
+        parts = self._tp_group.ranks.all_gather(mine)
+        size = [*mine.shape[: self._dim], self._tp_partition.length, *mine.shape[self._dim + 1 :]]
+        found = mine.new_empty(size)
+        for rank, values in enumerate(parts):
+            rows = torch.tensor(list(self._tp_partition.indices(rank)), device=mine.device)
+            found.index_copy_(self._dim, rows, values)
+        return found
 
     def _apply_to(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(self, nn.Conv2d):
@@ -188,25 +205,29 @@ class _CutLayer(nn.Module):
 class ColumnParallel(_CutLayer):
     """Output channels cut: whole input, this rank's outputs."""
 
+    _dim = 0
+
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Channels):
             with rules_of(Channels):
                 refuse("a column layer", "its input must be whole, and is cut by another column layer before it")
-        y = self._apply_to(self._tp_group.spread(x), self._mine("weight", 0), self._mine("bias", 0))  # type: ignore[arg-type]
+        y = self._apply_to(self._tp_group.spread(x), self._mine("weight"), self._mine("bias"))
         return Channels(y, self._channel_axis(y), self._tp_partition, self._tp_group)  # type: ignore[arg-type]
 
 
 class RowParallel(_CutLayer):
     """Input channels cut: the ranks' results are summed, and the bias is added to the sum."""
 
+    _dim = 1
+
     def forward(self, x: Tensor) -> Tensor:
-        rank, partition = self._tp_group.domain_rank, self._tp_partition
+        rank, partition = self._tp_group.rank, self._tp_partition
         with rules_of(Channels):
             if not isinstance(x, Channels) or x.cut != self._channel_axis(x):
                 refuse("the row layer", "the channels that reach it are not cut as its weight is")
             if list(x.partition.indices(rank)) != list(partition.indices(rank)):
                 refuse("the row layer", "the channels that reach it are other ones than its weight's on this rank")
-        y = self._tp_group.sum(self._apply_to(x.local, self._mine("weight", 1), None))  # type: ignore[arg-type]
+        y = self._tp_group.sum(self._apply_to(x.local, self._mine("weight"), None))  # type: ignore[arg-type]
         bias: Any = self.bias
         if bias is None:
             return y

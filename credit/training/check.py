@@ -1,37 +1,67 @@
-"""What `credit check` does: is the config's model, sharded, the plain one?"""
+"""What `credit check parity` does: is the config's model, sharded, the plain one?"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from credit.config import Config
 from credit.data.demo import write_demo
 from credit.data.prepare import DEMO, store_path
 from credit.data.store import FieldStore
-from credit.domain_parallel import ParityReport, verify_parity
+from credit.domain_parallel import DomainParallelManager, ParityReport, verify_parity
+from credit.domain_parallel.groups import ProcessRanks
+from credit.domain_parallel.parity import Place, verify_parity_at
+from credit.domain_parallel.thread_ranks import ThreadWorld
 from credit.errors import ConfigError, DataError
-from credit.launch.job import Job
+from credit.launch.job import Job, choose_device
 from credit.models import DOMAIN_CONVERTERS, build_model
-from credit.parallel.collectives import together
-from credit.parallel.pieces import in_pieces, whole
-from credit.parallel.tensor_parallel import apply_tensor_parallel
+from credit.parallel.channels import ChannelGroup
+from credit.parallel.collectives import local, together
+from credit.parallel.tensor_parallel import cut_channels, cut_layers
 
 
-def check_parity(job: Job) -> ParityReport:
+def check_parity(config: Config) -> ParityReport:
     """Verify the config's model with new weights on random fields of the config's grid, one sample, in float64.
 
-    No field is read and no statistics are needed; the store is opened for its grid and channels, unless it is the
-    demo's, which need not have been made.
+    The ranks of one replica, tensor x domain, are threads of this process. No field is read and no statistics are
+    needed; the store is opened for its grid and channels, unless it is the demo's, which need not have been made.
 
     Raises:
-        CreditError: on every rank, if the model cannot be built, or the store does not have what the config names.
+        CreditError: if the model cannot be built, or the store does not have what the config names.
         DomainParallelError: if something in the model is refused.
     """
-    config = job.config
+    model, fields = _subject(config, choose_device(0), print)
+    tensor, domain = config.trainer.parallelism.tensor, config.trainer.parallelism.domain
+    return verify_parity_at(
+        lambda world: place_in(world, tensor, domain),
+        model,
+        (fields,),
+        tensor * domain,
+        custom_converters=DOMAIN_CONVERTERS,
+        seed=config.trainer.seed,
+    )
+
+
+def check_parity_of(job: Job) -> ParityReport:
+    """`check_parity` on the ranks of a job, whatever started them. Errors are every rank's."""
+    model, fields = _subject(job.config, job.device, job.say)
+    tp = job.mesh["tp"] if job.mesh is not None and job.shape.tp > 1 else None
+    return verify_parity(
+        model,
+        (fields,),
+        job.manager,
+        custom_converters=DOMAIN_CONVERTERS,
+        seed=job.config.trainer.seed,
+        cut=None if tp is None else CutChannels(ChannelGroup(ProcessRanks(tp.get_group()), tp)),
+    )
+
+
+def _subject(config: Config, device: torch.device, say: Callable[[str], None]) -> tuple[nn.Module, Tensor]:
+    """The model, and what to give it."""
     with together("opening the data"):
         in_channels, out_channels, grid = model_shape(config)
     torch.manual_seed(config.trainer.seed)
@@ -40,29 +70,36 @@ def check_parity(job: Job) -> ParityReport:
             model = build_model(config.model, in_channels, out_channels, grid)
         except ValueError as error:
             raise ConfigError(f"model: {error}") from None
-    job.say(f"{config.model.name} on {in_channels} -> {out_channels} random fields of {grid[0]} x {grid[1]}")
-    fields = torch.randn(1, in_channels, *grid, dtype=torch.float64)
-    return verify_parity(
-        model.to(job.device),
-        (fields.to(job.device),),
-        job.manager,
-        custom_converters=DOMAIN_CONVERTERS,
-        seed=config.trainer.seed,
-        cut=CutChannels(job.mesh["tp"]) if job.mesh is not None and job.shape.tp > 1 else None,
-    )
+    say(f"{config.model.name} on {in_channels} -> {out_channels} random fields of {grid[0]} x {grid[1]}")
+    return model.to(device), torch.randn(1, in_channels, *grid, dtype=torch.float64).to(device)
+
+
+def place_in(world: ThreadWorld, tensor: int, domain: int) -> Place:
+    """Of one of tensor x domain threads, laid out as on the mesh: domain innermost."""
+    tp, row = divmod(world.rank, domain)
+    manager = DomainParallelManager.of_group(world.group([tp * domain + other for other in range(domain)]))
+    if tensor == 1:
+        return Place(manager)
+    channels = ChannelGroup(world.group([other * domain + row for other in range(tensor)]))
+    return Place(manager, CutChannels(channels))
 
 
 class CutChannels:
-    """For `verify_parity`: tensor parallelism."""
+    """For `verify_parity`: tensor parallelism over the ranks of `group`."""
 
-    def __init__(self, mesh: DeviceMesh) -> None:
-        self.mesh = mesh
+    def __init__(self, group: ChannelGroup) -> None:
+        self.group = group
 
     def apply(self, model: nn.Module) -> nn.Module:
-        return apply_tensor_parallel(model, self.mesh)
+        return cut_channels(model, self.group)
 
     def whole(self, model: nn.Module, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: whole(gradient) for name, gradient in in_pieces(model, gradients).items()}
+        found = dict(gradients)
+        for path, layer in cut_layers(model):
+            for name in sorted(layer._tp_cut):
+                key = f"{path}.{name}" if path else name
+                found[key] = layer.whole(local(gradients[key]))
+        return found
 
 
 def model_shape(config: Config) -> tuple[int, int, tuple[int, int]]:

@@ -123,14 +123,14 @@ class Chunk:
         parts, rank = job.shape.domain, job.coords.domain
         self.height = -(-latitudes // parts)
         self.rows = range(min(rank * self.height, latitudes), min((rank + 1) * self.height, latitudes))
-        self._manager = job.manager
+        self._group = job.manager.group
         # Filled up at the end, equal chunks are how the rows of a field so much higher are cut.
         filled_up = Window(after=parts * self.height - latitudes)
         self._plan = make_plan(filled_up, Partition(latitudes, parts), rank)
 
     def of(self, state: Tensor) -> Tensor:
         """From this rank's slab, (..., row, longitude), the rows of its chunk; fewer rows than ranks change hands."""
-        return exchange(state, self._plan, -2, self._manager)[..., : len(self.rows), :]
+        return exchange(state, self._plan, -2, self._group)[..., : len(self.rows), :]
 
 
 def load_newest(job: Job, model: nn.Module) -> Path:

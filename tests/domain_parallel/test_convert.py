@@ -18,10 +18,10 @@ from credit.domain_parallel import (
     validate_sharding_constraints,
 )
 from credit.domain_parallel.layers import DomainParallelLayer
+from credit.domain_parallel.thread_ranks import RankError
 from credit.models.attention import WindowAttention
 from tests.domain_parallel import parity
 from tests.domain_parallel.test_layers import check
-from tests.ranks import RankError
 
 
 class Shared(nn.Module):
@@ -59,8 +59,8 @@ def whole_model_errors(wrap: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
 @pytest.mark.parametrize("wrap", ["plain", "spectral_norm", "weight_norm parametrization", "hook", "eval"])
-def test_a_whole_model_is_exact(worlds, size, wrap) -> None:
-    check(worlds(size).run(whole_model_errors, wrap))
+def test_a_whole_model_is_exact(threads, size, wrap) -> None:
+    check(threads(size).run(whole_model_errors, wrap))
 
 
 def identity_facts() -> dict[str, bool]:
@@ -87,8 +87,8 @@ def identity_facts() -> dict[str, bool]:
     }
 
 
-def test_conversion_keeps_names_modules_and_identity(worlds) -> None:
-    for facts in worlds(2).run(identity_facts):
+def test_conversion_keeps_names_modules_and_identity(threads) -> None:
+    for facts in threads(2).run(identity_facts):
         assert all(facts.values()), facts
 
 
@@ -98,8 +98,8 @@ def root_facts() -> tuple[bool, dict[str, float]]:
     return isinstance(root, DomainParallelLayer), parity.errors(nn.Conv2d(2, 2, 3, padding=1), (1, 2, 9, 4))
 
 
-def test_the_root_itself_is_converted(worlds) -> None:
-    found = worlds(2).run(root_facts)
+def test_the_root_itself_is_converted(threads) -> None:
+    found = threads(2).run(root_facts)
     assert all(converted for converted, _ in found)
     check([errors for _, errors in found])
 
@@ -121,9 +121,9 @@ def settling_messages() -> list[int]:
     return counts
 
 
-def test_lengths_are_asked_for_once(worlds) -> None:
+def test_lengths_are_asked_for_once(threads) -> None:
     # The root at each forward, and the statistics of one norm.
-    assert worlds(2).run(settling_messages) == [[2, 2, 2]] * 2
+    assert threads(2).run(settling_messages) == [[2, 2, 2]] * 2
 
 
 def forward_of(heights: list[int], widths: list[int]) -> None:
@@ -140,9 +140,9 @@ def forward_of(heights: list[int], widths: list[int]) -> None:
         ([1, 0], [4, 4], "1 rows over 2 ranks; each needs at least one"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused_on_every_rank(worlds, heights, widths, message) -> None:
+def test_inputs_that_do_not_fit_are_refused_on_every_rank(threads, heights, widths, message) -> None:
     with pytest.raises(RankError, match=message) as caught:
-        worlds(2).run(forward_of, heights, widths)
+        threads(2).run(forward_of, heights, widths)
     assert {type(error) for error in caught.value.errors.values()} == {DomainParallelError}
     assert len(caught.value.errors) == 2
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,18 +32,18 @@ def adjoint_defect(operator, length: int) -> float:
     group = manager()
     plan = make_plan(operator, Partition(length, group.domain_world_size), group.domain_rank)
     x = shard_tensor(torch.randn(2, 3, length, 4, dtype=torch.float64), -2, group).requires_grad_()
-    fx = exchange(x, plan, -2, group)
+    fx = exchange(x, plan, -2, group.group)
     y = torch.randn(fx.shape, dtype=torch.float64)
     (gradient,) = torch.autograd.grad(fx, x, y)
     products = torch.stack([(fx * y).sum(), (x * gradient).sum()]).detach()
-    dist.all_reduce(products)
+    products = group.group.all_reduce(products)
     return float((products[0] - products[1]).abs() / products[0].abs())
 
 
 @on_ranks
 @given(size=ranks, operator=OPERATORS, length=st.integers(9, 30))
-def test_backward_is_the_adjoint_of_forward(worlds, size, operator, length) -> None:
-    assert max(worlds(size).run(adjoint_defect, operator, length)) < 1e-12
+def test_backward_is_the_adjoint_of_forward(threads, size, operator, length) -> None:
+    assert max(threads(size).run(adjoint_defect, operator, length)) < 1e-12
 
 
 def second_derivative_defect() -> float:
@@ -53,15 +52,15 @@ def second_derivative_defect() -> float:
     plan = make_plan(Window(5, 1, 1, 2, 2, "reflect"), Partition(11, group.domain_world_size), group.domain_rank)
     torch.manual_seed(group.domain_rank)
     x = torch.randn(1, 1, plan.shard, 2, dtype=torch.float64, requires_grad=True)
-    fx = exchange(x, plan, -2, group)
+    fx = exchange(x, plan, -2, group.group)
     y = torch.randn_like(fx, requires_grad=True)
     (gradient,) = torch.autograd.grad(fx, x, y, create_graph=True)
     (second,) = torch.autograd.grad(gradient, y, x.detach())
     return relative(second, fx)
 
 
-def test_the_exchange_can_be_differentiated_twice(worlds) -> None:
-    assert max(worlds(3).run(second_derivative_defect)) == 0
+def test_the_exchange_can_be_differentiated_twice(threads) -> None:
+    assert max(threads(3).run(second_derivative_defect)) == 0
 
 
 def halo_and_neighbours(width: int, length: int) -> tuple[torch.Tensor, tuple]:
@@ -71,8 +70,8 @@ def halo_and_neighbours(width: int, length: int) -> tuple[torch.Tensor, tuple]:
     return padded.flatten(), manager().neighbor_ranks()
 
 
-def test_halo_exchange_puts_neighbouring_rows_and_zeros_past_the_poles(worlds) -> None:
-    found = worlds(3).run(halo_and_neighbours, 2, 7)
+def test_halo_exchange_puts_neighbouring_rows_and_zeros_past_the_poles(threads) -> None:
+    found = threads(3).run(halo_and_neighbours, 2, 7)
     assert [rows.tolist() for rows, _ in found] == [[0, 0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 0, 0]]
     assert [neighbours for _, neighbours in found] == [(None, 1), (0, 2), (1, None)]
 
@@ -88,8 +87,8 @@ def gather_defect(length: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("length", [5, 8, 13])
-def test_gathering_undoes_cutting(worlds, size, length) -> None:
-    assert worlds(size).run(gather_defect, length) == [(0.0, 0.0)] * size
+def test_gathering_undoes_cutting(threads, size, length) -> None:
+    assert threads(size).run(gather_defect, length) == [(0.0, 0.0)] * size
 
 
 def cut_batch() -> dict:
@@ -97,8 +96,8 @@ def cut_batch() -> dict:
     return {name: getattr(value, "shape", value) for name, value in shard_batch(batch, manager=manager()).items()}
 
 
-def test_shard_batch_cuts_fields_and_nothing_else(worlds) -> None:
-    north, south = worlds(2).run(cut_batch)
+def test_shard_batch_cuts_fields_and_nothing_else(threads) -> None:
+    north, south = threads(2).run(cut_batch)
     assert north == {"x": (2, 3, 1, 4, 4), "y": (2, 3, 4, 4), "lead": (2,), "id": "a"}
     assert south["x"] == (2, 3, 1, 3, 4)
 
@@ -130,9 +129,9 @@ ROW = 2 * 8 * 4  # channels x longitudes x bytes
         (4, 4, 0, [(0, 0), (0, 0), (0, 0)]),  # aligned patches read nothing
     ],
 )
-def test_bytes_on_the_wire_are_the_rows_the_operator_needs(worlds, kernel, stride, padding, rows_sent) -> None:
+def test_bytes_on_the_wire_are_the_rows_the_operator_needs(threads, kernel, stride, padding, rows_sent) -> None:
     """A forward sends exactly the halo rows, one message a neighbour; the backward returns their gradients."""
-    found = worlds(3).run(conv_traffic, kernel, stride, padding, 36)
+    found = threads(3).run(conv_traffic, kernel, stride, padding, 36)
     north, south = zip(*rows_sent, strict=True)
     received = [(south[rank - 1] if rank else 0) + (north[rank + 1] if rank < 2 else 0) for rank in range(3)]
     from_ranks = [(rank > 0 and south[rank - 1] > 0) + (rank < 2 and north[rank + 1] > 0) for rank in range(3)]
@@ -156,9 +155,7 @@ class _SumOfParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
+        return manager().group.all_reduce(grad)
 
 
 def gradcheck_passes(operator, length: int) -> bool:
@@ -167,7 +164,7 @@ def gradcheck_passes(operator, length: int) -> bool:
     plan = make_plan(operator, Partition(length, group.domain_world_size), group.domain_rank)
 
     def whole(x: torch.Tensor) -> torch.Tensor:
-        y = exchange(shard_tensor(_SumOfParts.apply(x), 0, group), plan, 0, group)
+        y = exchange(shard_tensor(_SumOfParts.apply(x), 0, group), plan, 0, group.group)
         mine = y.sin().sum()
         return _Total.apply(mine)
 
@@ -180,9 +177,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
+        return manager().group.all_reduce(x)
 
     @staticmethod
     def backward(ctx, grad):
@@ -192,5 +187,5 @@ class _Total(torch.autograd.Function):
 @pytest.mark.parametrize(
     "operator", [Window(3, 1, 1, 1, 1), Window(5, 2, 1, 2, 2, "reflect"), TransposedWindow(4, 2, 1, 1)]
 )
-def test_gradcheck(worlds, operator) -> None:
-    assert all(worlds(3).run(gradcheck_passes, operator, 11))
+def test_gradcheck(threads, operator) -> None:
+    assert all(threads(3).run(gradcheck_passes, operator, 11))

@@ -79,17 +79,17 @@ def rows_out(kind: str, arguments: tuple, options: dict, shape: tuple[int, ...])
 
 @on_ranks
 @given(size=ranks, case=conv_cases(axes=2) | conv_cases(axes=3) | transposed_cases(axes=2) | transposed_cases(axes=3))
-def test_convolutions_of_any_geometry(worlds, size: int, case: tuple) -> None:
+def test_convolutions_of_any_geometry(threads, size: int, case: tuple) -> None:
     assume(min(rows_out(*case), case[3][-2]) >= size)
-    check(worlds(size).run(parity.case_errors, *case))
+    check(parity.case_errors(threads(size), *case))
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
 @pytest.mark.parametrize("height", [5, 16, 17, 31])
 @pytest.mark.parametrize("kernel", [9, 15])
-def test_rows_come_from_several_ranks_away_when_shards_are_lower_than_the_halo(worlds, size, height, kernel) -> None:
+def test_rows_come_from_several_ranks_away_when_shards_are_lower_than_the_halo(threads, size, height, kernel) -> None:
     options = {"kernel_size": kernel, "padding": kernel // 2}
-    check(worlds(size).run(parity.case_errors, "Conv2d", (2, 2), options, (1, 2, height, 16)))
+    check(parity.case_errors(threads(size), "Conv2d", (2, 2), options, (1, 2, height, 16)))
 
 
 @on_ranks
@@ -100,9 +100,9 @@ def test_rows_come_from_several_ranks_away_when_shards_are_lower_than_the_halo(w
     height=st.integers(5, 20),
     depth=st.sampled_from([(), (3,)]),
 )
-def test_group_norm_statistics_and_their_gradients(worlds, size, groups, affine, height, depth) -> None:
+def test_group_norm_statistics_and_their_gradients(threads, size, groups, affine, height, depth) -> None:
     options = {"affine": affine, "eps": 1e-3}
-    check(worlds(size).run(parity.case_errors, "GroupNorm", (groups, 4), options, (2, 4, *depth, height, 6)))
+    check(parity.case_errors(threads(size), "GroupNorm", (groups, 4), options, (2, 4, *depth, height, 6)))
 
 
 @on_ranks
@@ -113,14 +113,14 @@ def test_group_norm_statistics_and_their_gradients(worlds, size, groups, affine,
     height=st.integers(5, 20),
     target=st.integers(5, 41) | st.floats(0.8, 3.0),
 )
-def test_upsampling_to_a_size_or_by_a_factor(worlds, size, mode, corners, height, target) -> None:
+def test_upsampling_to_a_size_or_by_a_factor(threads, size, mode, corners, height, target) -> None:
     options: dict[str, Any] = {"mode": mode}
     if mode in ("bilinear", "bicubic"):
         options["align_corners"] = corners
     options |= {"size": (target, 9)} if isinstance(target, int) else {"scale_factor": (target, 1.5)}
     case = ("Upsample", (), options, (1, 2, height, 6))
     assume(rows_out(*case) >= size)
-    check(worlds(size).run(parity.case_errors, *case))
+    check(parity.case_errors(threads(size), *case))
 
 
 def interpolate_errors(size: tuple[int, int], mode: str, shape: tuple[int, ...]) -> dict[str, float]:
@@ -131,8 +131,8 @@ def interpolate_errors(size: tuple[int, int], mode: str, shape: tuple[int, ...])
 
 
 @pytest.mark.parametrize(("mode", "size"), [("bilinear", 2), ("bilinear", 3), ("nearest", 4)])
-def test_interpolate_by_itself_matches_torch(worlds, mode: str, size: int) -> None:
-    check(worlds(size).run(interpolate_errors, (13, 9), mode, (2, 3, 7, 5)))
+def test_interpolate_by_itself_matches_torch(threads, mode: str, size: int) -> None:
+    check(threads(size).run(interpolate_errors, (13, 9), mode, (2, 3, 7, 5)))
 
 
 def periodic_errors(kernel: int, stride: int, padding: int, shape: tuple[int, ...]) -> dict[str, float]:
@@ -149,6 +149,6 @@ def periodic_errors(kernel: int, stride: int, padding: int, shape: tuple[int, ..
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("height", [9, 16, 17])
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (5, 1, 2), (4, 2, 1), (1, 1, 0)])
-def test_periodic_conv_reflects_at_the_poles_only(worlds, size, height, kernel, stride, padding) -> None:
+def test_periodic_conv_reflects_at_the_poles_only(threads, size, height, kernel, stride, padding) -> None:
     if height // stride >= size:
-        check(worlds(size).run(periodic_errors, kernel, stride, padding, (2, 2, height, 8)))
+        check(threads(size).run(periodic_errors, kernel, stride, padding, (2, 2, height, 8)))

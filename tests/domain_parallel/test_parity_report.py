@@ -19,9 +19,9 @@ from credit.domain_parallel import (
     verify_parity,
 )
 from credit.domain_parallel.slab import Slab
+from credit.domain_parallel.thread_ranks import RankError
 from credit.models.unet_diffusion import PeriodicConv2d
 from tests.domain_parallel import parity
-from tests.ranks import RankError
 
 
 class Smooth(nn.Module):
@@ -59,7 +59,7 @@ class GivesNaN(Smooth):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         # On one rank alone, in one point.
-        return x.like(y.local + (float("nan") if x.manager.domain_rank else 0)) if isinstance(x, Slab) else y
+        return x.like(y.local + (float("nan") if x.group.rank else 0)) if isinstance(x, Slab) else y
 
 
 class OtherNames(Smooth):
@@ -127,8 +127,8 @@ def alike(reports: list[ParityReport]) -> ParityReport:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_an_exact_model(worlds, size) -> None:
-    report = alike(worlds(size).run(reported))
+def test_an_exact_model(threads, size) -> None:
+    report = alike(threads(size).run(reported))
     assert report.exact, str(report)
     assert report.first is None
     names = dict(Net().named_parameters())
@@ -146,8 +146,8 @@ def test_an_exact_model(worlds, size) -> None:
     assert f"parameter gradient        {len(names)}" in text.splitlines()[4]
 
 
-def test_a_module_that_takes_its_rows_for_all_is_named(worlds) -> None:
-    report = alike(worlds(2).run(reported, OwnRowsOnly))
+def test_a_module_that_takes_its_rows_for_all_is_named(threads) -> None:
+    report = alike(threads(2).run(reported, OwnRowsOnly))
     assert not report.exact
     assert report.first == "blocks.1"
     assert report.first_error > 1e-3
@@ -168,8 +168,8 @@ def test_a_module_that_takes_its_rows_for_all_is_named(worlds) -> None:
         (OtherShape, {"output"}, "blocks.1", None),
     ],
 )
-def test_every_kind_of_difference_is_seen(worlds, kind, wrong, first, last) -> None:
-    report = alike(worlds(2).run(reported, kind))
+def test_every_kind_of_difference_is_seen(threads, kind, wrong, first, last) -> None:
+    report = alike(threads(2).run(reported, kind))
     assert {key.rsplit(" ", 1)[0] for key, error in report.errors.items() if error > 1e-9} == wrong
     assert report.first == first
     assert ("They part first at blocks.1" if first else last) in str(report)
@@ -179,9 +179,9 @@ def reported_float32(tolerance: float) -> ParityReport:
     return reported(dtype=torch.float32, tolerance=tolerance)
 
 
-def test_rounding_is_called_rounding(worlds) -> None:
-    assert worlds(2).run(reported_float32, 1e-4)[0].exact
-    report = alike(worlds(2).run(reported_float32, 1e-9))
+def test_rounding_is_called_rounding(threads) -> None:
+    assert threads(2).run(reported_float32, 1e-4)[0].exact
+    report = alike(threads(2).run(reported_float32, 1e-9))
     assert not report.exact
     assert "rounding in a narrower type" in str(report)
 
@@ -203,8 +203,8 @@ def biased() -> ParityReport:
     return verify_parity(Biased(), (torch.randn(2, 2, 17, 8),), parity.manager())
 
 
-def test_a_gradient_that_vanishes_is_no_error(worlds) -> None:
-    assert alike(worlds(3).run(biased)).exact
+def test_a_gradient_that_vanishes_is_no_error(threads) -> None:
+    assert alike(threads(3).run(biased)).exact
 
 
 def what_it_leaves() -> tuple[bool, ...]:
@@ -221,12 +221,12 @@ def what_it_leaves() -> tuple[bool, ...]:
         not any(parameter.grad is not None for parameter in model.parameters()),
         not any(x.requires_grad for x in given),
         torch.equal(torch.get_rng_state(), stands),
-        slab.observer is None,
+        slab._state.observer is None,
     )
 
 
-def test_the_model_its_inputs_and_the_generator_are_left_alone(worlds) -> None:
-    assert all(all(facts) for facts in worlds(2).run(what_it_leaves))
+def test_the_model_its_inputs_and_the_generator_are_left_alone(threads) -> None:
+    assert all(all(facts) for facts in threads(2).run(what_it_leaves))
 
 
 def differing(what: str) -> None:
@@ -243,9 +243,9 @@ def differing(what: str) -> None:
     ("what", "message"),
     [("weights", "weights, buffers or modes"), ("modes", "weights, buffers or modes"), ("inputs", "example inputs")],
 )
-def test_what_differs_between_ranks_is_refused_on_all(worlds, what, message) -> None:
+def test_what_differs_between_ranks_is_refused_on_all(threads, what, message) -> None:
     with pytest.raises(RankError, match=rf"Net: the {message} on domain ranks \[1\] differ") as caught:
-        worlds(2).run(differing, what)
+        threads(2).run(differing, what)
     assert {type(error) for error in caught.value.errors.values()} == {DomainParallelError}
     assert len(caught.value.errors) == 2
 
@@ -264,20 +264,20 @@ def refused() -> None:
     verify_parity(Sorting(), (torch.randn(1, 2, 13, 6),), parity.manager())
 
 
-def test_a_refusal_is_passed_on(worlds) -> None:
+def test_a_refusal_is_passed_on(threads) -> None:
     with pytest.raises(RankError, match="svd cannot be done on a field cut over ranks") as caught:
-        worlds(2).run(refused)
+        threads(2).run(refused)
     assert len(caught.value.errors) == 2
-    assert worlds(2).run(what_it_leaves)
+    assert threads(2).run(what_it_leaves)
 
 
 def converted_already() -> None:
     verify_parity(convert_to_domain_parallel(Biased(), parity.manager()), (torch.randn(2, 2, 13, 6),), parity.manager())
 
 
-def test_a_converted_model_is_refused(worlds) -> None:
+def test_a_converted_model_is_refused(threads) -> None:
     with pytest.raises(RankError, match="takes the plain model") as caught:
-        worlds(2).run(converted_already)
+        threads(2).run(converted_already)
     assert len(caught.value.errors) == 2
 
 
@@ -289,7 +289,7 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
 
 
 def test_one_rank_compares_plain_with_plain_and_says_so() -> None:
-    report = verify_parity(Biased(), (torch.randn(2, 2, 5, 4),))
+    report = verify_parity(Biased(), (torch.randn(2, 2, 5, 4),), ranks=1)
     assert report.exact
     assert report.calls == {}
     assert max(report.errors.values()) == 0

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from credit.domain_parallel import DomainParallelError, convert_to_domain_parallel, shard_tensor
+from credit.domain_parallel.thread_ranks import RankError
 from tests.domain_parallel import parity
 from tests.domain_parallel.operators import Call
-from tests.ranks import RankError
 
 
 class Doubled(torch.autograd.Function):
@@ -91,9 +91,9 @@ def run(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_what_has_no_rule_is_refused_with_module_line_and_remedy(worlds, name) -> None:
+def test_what_has_no_rule_is_refused_with_module_line_and_remedy(threads, name) -> None:
     with pytest.raises(RankError) as caught:
-        worlds(2).run(run, name)
+        threads(2).run(run, name)
     assert {type(error) for error in caught.value.errors.values()} == {DomainParallelError}
     assert len(caught.value.errors) == 2
     first, second = (str(error) for error in caught.value.errors.values())
@@ -110,8 +110,8 @@ def differing_generators(train: bool) -> bool:
     return True
 
 
-def test_random_numbers_that_differ_between_ranks_are_refused_where_they_are_drawn(worlds) -> None:
-    assert worlds(2).run(differing_generators, False) == [True, True]
+def test_random_numbers_that_differ_between_ranks_are_refused_where_they_are_drawn(threads) -> None:
+    assert threads(2).run(differing_generators, False) == [True, True]
     with pytest.raises(RankError, match=r"draws random numbers .* torch\.manual_seed") as caught:
-        worlds(2).run(differing_generators, True)
+        threads(2).run(differing_generators, True)
     assert len(caught.value.errors) == 2

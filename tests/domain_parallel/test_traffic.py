@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ ROW = 4 * 8 * 4  # channels x longitudes x bytes
 def traffic(model: nn.Module | str, height: int, converters: dict | None = None) -> tuple[list[int], list[int]]:
     """[messages, bytes, collectives] of a forward and of a backward; the root's one collective not counted."""
     group = parity.manager()
-    model = LOCAL[model]() if isinstance(model, str) else model
+    model = LOCAL[model]() if isinstance(model, str) else copy.deepcopy(model)
     model = convert_to_domain_parallel(model, group, custom_converters=converters)
     x = shard_tensor(torch.randn(1, 4, height, 8), -2, group).requires_grad_()
     counts = []
@@ -50,8 +52,8 @@ LOCAL = {
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_local_operations_send_nothing(worlds, name) -> None:
-    assert worlds(2).run(traffic, name, 32) == [([0, 0, 0], [0, 0, 0])] * 2
+def test_local_operations_send_nothing(threads, name) -> None:
+    assert threads(2).run(traffic, name, 32) == [([0, 0, 0], [0, 0, 0])] * 2
 
 
 NORMS = {
@@ -63,13 +65,13 @@ NORMS = {
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_a_norm_is_one_small_collective_each_way(worlds, name) -> None:
-    assert worlds(3).run(traffic, NORMS[name](), 17) == [([0, 0, 1], [0, 0, 1])] * 3
+def test_a_norm_is_one_small_collective_each_way(threads, name) -> None:
+    assert threads(3).run(traffic, NORMS[name](), 17) == [([0, 0, 1], [0, 0, 1])] * 3
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
-def test_a_padded_convolution_is_one_message_a_neighbour(worlds, mode) -> None:
-    north, middle, south = worlds(3).run(traffic, nn.Conv2d(4, 4, 3, padding=(1, 0), padding_mode=mode), 17)
+def test_a_padded_convolution_is_one_message_a_neighbour(threads, mode) -> None:
+    north, middle, south = threads(3).run(traffic, nn.Conv2d(4, 4, 3, padding=(1, 0), padding_mode=mode), 17)
     edge = [2, 2 * ROW, 0] if mode == "circular" else [1, ROW, 0]
     assert middle == ([2, 2 * ROW, 0], [2, 2 * ROW, 0])
     assert north == (edge, edge)
@@ -105,13 +107,13 @@ def shared_errors(height: int) -> dict[str, float]:
     return parity.errors(Embedded(), (1, 4, height, 8), convert)
 
 
-def test_layers_that_share_an_input_share_an_exchange(worlds) -> None:
-    apart = worlds(2).run(traffic, Embedded(), 16)
-    shared = worlds(2).run(traffic, Embedded(), 16, {CrossEmbed: SharedHalo})
+def test_layers_that_share_an_input_share_an_exchange(threads) -> None:
+    apart = threads(2).run(traffic, Embedded(), 16)
+    shared = threads(2).run(traffic, Embedded(), 16, {CrossEmbed: SharedHalo})
     assert apart[0] == ([2, (1 + 3) * ROW, 0], [2, (1 + 3) * ROW, 0])
     assert shared == [([1, 3 * ROW, 0], [1, 3 * ROW, 0])] * 2
     for height in (16, 17, 30):
-        for errors in worlds(3).run(shared_errors, height):
+        for errors in threads(3).run(shared_errors, height):
             assert max(errors.values()) < 1e-9
 
 
@@ -128,9 +130,9 @@ def transposed(shape: tuple[int, ...]) -> tuple[bool, bool, int]:
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_the_transpose_sends_each_entry_that_changes_rank_once(worlds, size) -> None:
+def test_the_transpose_sends_each_entry_that_changes_rank_once(threads, size) -> None:
     shape = (2, 3, 13, 9)
-    found = worlds(size).run(transposed, shape)
+    found = threads(size).run(transposed, shape)
     assert all(right and inverse for right, inverse, _ in found)
     kept = sum(Partition(13, size).size(rank) * Partition(9, size).size(rank) for rank in range(size))
     assert sum(sent for _, _, sent in found) == 2 * 3 * (13 * 9 - kept) * 4

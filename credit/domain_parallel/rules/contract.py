@@ -28,7 +28,7 @@ def contract(func: Any, operands: list[Tensor], letters: list[str], out: str) ->
     product = func(*locals_)
     if letter in out:
         return like.like(product, out.index(letter))
-    return AllSum.apply(product, like.manager)
+    return AllSum.apply(product, like.group)
 
 
 def _cut_along(x: Tensor, names: str, letter: str, like: Slab) -> Tensor:
@@ -146,7 +146,7 @@ def scaled_dot_product_attention(
     if axis == -2:
         key, value = whole(key), whole(value)
         if is_causal:
-            rows = torch.tensor(list(query.partition.indices(query.manager.domain_rank)), device=query.device)
+            rows = torch.tensor(list(query.partition.indices(query.group.rank)), device=query.device)
             mask = torch.arange(key.shape[-2], device=query.device) <= rows[:, None]
         local = F.scaled_dot_product_attention(query.local, key, value, mask, **options)
     else:

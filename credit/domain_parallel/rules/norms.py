@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit.domain_parallel.manager import DomainParallelManager
+from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.reshard import is_dealt_evenly, own
 from credit.domain_parallel.rules.contract import run_body
 from credit.domain_parallel.rules.reductions import axes_of
@@ -40,16 +40,16 @@ class _Standardize(torch.autograd.Function):
         eps: float,
         center: bool,
         counts: tuple[int, ...],
-        manager: DomainParallelManager,
+        group: RankGroup,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean, variance = _moments(wide, dims, eps, center)
-        mean, variance = _combine(mean, variance, counts, manager)
+        mean, variance = _combine(mean, variance, counts, group)
         rstd = torch.rsqrt(variance + eps)
         scale = rstd if weight is None else rstd * weight
         shift = -mean * scale if bias is None else torch.addcmul(bias.to(scale.dtype), mean, scale, value=-1)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.geometry = dims, center, sum(counts), manager, None if bias is None else bias.shape
+        ctx.geometry = dims, center, sum(counts), group, None if bias is None else bias.shape
         ctx.mark_non_differentiable(mean, variance)
         return _affine(wide, scale, shift).to(x.dtype), mean, variance
 
@@ -57,7 +57,7 @@ class _Standardize(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        dims, center, count, manager, bias_shape = ctx.geometry
+        dims, center, count, group, bias_shape = ctx.geometry
         kind = x.dtype
         x, grad = x.to(rstd.dtype), grad.to(rstd.dtype)
         # With one weight for the whole last axis, sums over it come first and the weight after: two passes less.
@@ -73,8 +73,7 @@ class _Standardize(torch.autograd.Function):
             grad_weight = _reduce_to(grad * ((x - mean) * rstd), weight.shape)
             grad_bias = _reduce_to(grad, bias_shape)
         totals = torch.stack([sums.sum(dims, keepdim=True), dots.sum(dims, keepdim=True)])
-        manager.all_reduce(totals)
-        total, dot = totals
+        total, dot = group.all_reduce(totals)
         spread = (dot - mean * total) * rstd.pow(3) / -count
         offset = -mean * spread - total * rstd / count if center else torch.zeros_like(spread)
         grad_x = _affine(x, spread, offset)
@@ -121,11 +120,11 @@ def _reduce_to(x: Tensor, shape: torch.Size | None) -> Tensor | None:
     return None if shape is None else x.sum_to_size(shape)
 
 
-def _combine(mean: Tensor | None, variance: Tensor, counts: tuple[int, ...], manager: DomainParallelManager) -> Moments:
+def _combine(mean: Tensor | None, variance: Tensor, counts: tuple[int, ...], group: RankGroup) -> Moments:
     mine = torch.stack([torch.zeros_like(variance) if mean is None else mean, variance])
     share = torch.tensor(counts, dtype=mine.dtype, device=mine.device) / sum(counts)
     share = share.view(-1, *[1] * variance.ndim)
-    means, variances = manager.all_gather(mine).unbind(1)
+    means, variances = group.all_gather(mine).unbind(1)
     total = (share * means).sum(0)
     return total, (share * (variances + (means - total).square())).sum(0)
 
@@ -142,9 +141,9 @@ def standardize(
     """The rows of `x`, viewed as `shape`, standardized over `dims` of that view; moments keep these axes."""
     local = x.local.reshape(tuple(shape))
     ours = prod(local.shape[d] for d in dims)
-    rows = len(x.partition.range(x.manager.domain_rank))
+    rows = len(x.partition.range(x.group.rank))
     counts = tuple(ours // max(rows, 1) * len(x.partition.range(rank)) for rank in range(x.partition.parts))
-    y, mean, variance = _Standardize.apply(local, weight, bias, dims, eps, center, counts, x.manager)
+    y, mean, variance = _Standardize.apply(local, weight, bias, dims, eps, center, counts, x.group)
     if x.device.type not in ("cpu", "meta") and torch.is_autocast_enabled(x.device.type):
         y = y.float()  # as autocast does for norms
     return x.like(y.reshape(x.local.shape)), mean, variance

@@ -174,7 +174,7 @@ def _apply_taps(x: Slab, taps: Taps, others: Any) -> Any:
         return _weighted_rows(others(whole(x)), taps, range(out), axis)
     target = Partition(out, parts_of(x))
     plan = make_plan(taps, x.partition, rank_of(x), target)
-    local = others(exchange(x.local, plan, axis, x.manager))
+    local = others(exchange(x.local, plan, axis, x.group))
     return x.like(_weighted_rows(local, taps, plan.out, axis), partition=target)
 
 

@@ -36,7 +36,7 @@ def drop(local: Tensor, x: Slab, dims: tuple[int, ...], keepdim: bool) -> Any:
 def sum_(x: Slab, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Any:
     dims = axes_of(x, dim if axis is None else axis)
     local = x.local.sum(dims, keepdim=True, dtype=dtype)
-    return drop(AllSum.apply(local, x.manager) if x.cut in dims else local, x, dims, keepdim)
+    return drop(AllSum.apply(local, x.group) if x.cut in dims else local, x, dims, keepdim)
 
 
 @rule("mean")
@@ -47,7 +47,7 @@ def mean(x: Slab, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, 
     kind = dtype or x.dtype
     # Half-precision sums are carried in float32, as torch carries them inside its kernel.
     wide = torch.promote_types(kind, torch.float32)
-    total = AllSum.apply(x.local.sum(dims, keepdim=True, dtype=wide), x.manager)
+    total = AllSum.apply(x.local.sum(dims, keepdim=True, dtype=wide), x.group)
     return drop((total / prod(x.shape[d] for d in dims)).to(kind), x, dims, keepdim)
 
 
@@ -55,7 +55,7 @@ def _extreme(sign: int) -> Any:
     def rule_(x: Slab, dim: Any = None, keepdim: bool = False) -> Any:
         dims = axes_of(x, dim)
         if x.cut in dims:
-            return drop(AllExtreme.apply(x.local, dims, sign, x.manager), x, dims, keepdim)
+            return drop(AllExtreme.apply(x.local, dims, sign, x.group), x, dims, keepdim)
         return drop((torch.amax if sign > 0 else torch.amin)(x.local, dims, keepdim=True), x, dims, keepdim)
 
     return rule_
@@ -85,9 +85,9 @@ for _func in torch_functions("all"):
 def _moments(x: Slab, dims: tuple[int, ...], correction: float) -> tuple[Any, Any]:
     """(variance, mean) over axes with the cut among them, by two passes, these axes kept."""
     count = prod(x.shape[d] for d in dims)
-    center = AllSum.apply(x.local.sum(dims, keepdim=True), x.manager) / count
+    center = AllSum.apply(x.local.sum(dims, keepdim=True), x.group) / count
     spread = (x.local - center).abs().square().sum(dims, keepdim=True)
-    return AllSum.apply(spread, x.manager) / max(count - correction, 0), center
+    return AllSum.apply(spread, x.group) / max(count - correction, 0), center
 
 
 def _variance_options(args: tuple, kwargs: dict) -> tuple[Any, float, bool]:
@@ -129,12 +129,12 @@ def vector_norm(x: Slab, ord: float = 2, dim: Dims = None, keepdim: bool = False
         ranks = x.like(local.unsqueeze(0), 0, _one_a_rank(x))
         local = torch.linalg.vector_norm(whole(ranks), ord, 0)
     elif x.cut in dims:
-        local = AllSum.apply(local, x.manager)
+        local = AllSum.apply(local, x.group)
     return drop(local, x, dims, keepdim)
 
 
 def _one_a_rank(x: Slab) -> Partition:
-    return Partition(x.manager.domain_world_size, x.manager.domain_world_size)
+    return Partition(x.group.size, x.group.size)
 
 
 @rule("linalg.vector_norm")

@@ -56,7 +56,7 @@ def reshape(x: Slab, *shape: Any, **kwargs: Any) -> Any:
         return whole(x).reshape(new)
     x = recut(x, found.before)
     local = list(new)
-    local[found.axis] = found.after.size(x.manager.domain_rank)
+    local[found.axis] = found.after.size(x.group.rank)
     return x.like(x.local.reshape(local), found.axis, found.after)
 
 
@@ -247,7 +247,7 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
         return like.like(torch.cat([cut_along(x, like.cut, like) for x in tensors], dim))
     length = sum(x.shape[dim] for x in tensors)
     target = Partition(length, parts_of(like))
-    mine = target.range(like.manager.domain_rank)
+    mine = target.range(like.group.rank)
     pieces, top = [], 0
     for x in tensors:
         if is_slab(x):
@@ -262,8 +262,8 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
 
 def _share(x: Slab, top: int, target: Partition) -> Tensor:
     """The rows of `x` that this rank owns of a longer axis in which `x` begins at row `top`."""
-    plan = make_plan(_Placed(top), x.partition, x.manager.domain_rank, target)
-    return exchange(x.local, plan, x.cut, x.manager)
+    plan = make_plan(_Placed(top), x.partition, x.group.rank, target)
+    return exchange(x.local, plan, x.cut, x.group)
 
 
 class _Placed(Rows):
@@ -395,7 +395,7 @@ def _set_rows(x: Slab, items: list, at: int, value: Any) -> None:
         refuse("assignment to some rows by tensors", "it has no rule", "Use torch.cat or torch.where.")
     length, item = x.shape[x.cut], items[at]
     rows = range(length)[item] if isinstance(item, slice) else range(length)[item : item + 1 or None]
-    mine = x.partition.indices(x.manager.domain_rank)
+    mine = x.partition.indices(x.group.rank)
     places = [place for place, row in enumerate(rows) if row in mine]
     value = whole(value)
     after = sum(not isinstance(item, int) for item in items[at + 1 :])  # axes after the rows

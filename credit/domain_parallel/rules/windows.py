@@ -85,7 +85,7 @@ def conv_in_place(x: Slab, weight: Tensor, bias: Tensor | None, geometry: Geomet
     """The convolution where output rows are where input rows are: no copy of the shard."""
     batched = x.local if x.ndim == weight.ndim else x.local.unsqueeze(0)
     cut = x.cut + batched.ndim - x.ndim
-    y = halo_conv(batched, weight, bias, geometry, window, x.shape[x.cut], cut, x.manager)
+    y = halo_conv(batched, weight, bias, geometry, window, x.shape[x.cut], cut, x.group)
     return x.like(y if x.ndim == weight.ndim else y.squeeze(0))
 
 
@@ -112,7 +112,7 @@ def fetch(x: Slab, window: Window, fill: float = 0.0) -> tuple[Tensor, Partition
         first = mine[0] * window.stride - window.before - span.start(mine)
         return rows.narrow(x.cut, first, (len(mine) - 1) * window.stride + window.reach), target
     plan = make_plan(window, x.partition, rank_of(x), target)
-    return exchange(x.local, plan, x.cut, x.manager, fill), target
+    return exchange(x.local, plan, x.cut, x.group, fill), target
 
 
 def share_halo(x: Slab, windows: Sequence[Window]) -> None:
@@ -124,7 +124,7 @@ def share_halo(x: Slab, windows: Sequence[Window]) -> None:
     if len(outs) == 1 and min(outs) >= parts_of(x) and all(window.mode == "zeros" for window in windows):
         span = Span(tuple(windows))
         plan = make_plan(span, x.partition, rank_of(x), Partition(outs.pop(), parts_of(x)))
-        x.shared = span, exchange(x.local, plan, x.cut, x.manager)
+        x.shared = span, exchange(x.local, plan, x.cut, x.group)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -155,7 +155,7 @@ def conv_transpose(
         return convolve(whole(input), weight, bias, stride, padding, extra, groups, dilation)
     target = Partition(out, parts_of(input))
     plan = make_plan(window, input.partition, rank_of(input), target)
-    x = exchange(input.local, plan, input.cut, input.manager)
+    x = exchange(input.local, plan, input.cut, input.group)
     before, after = window.crop(plan.out, length)
     # Rows appended below (none reaches them) hold the bias alone, so it can only be added after them.
     late = bias is not None and min(before, after) < 0
