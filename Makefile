@@ -9,13 +9,14 @@ RANKS ?= 4
 # One thread a rank: ranks share the cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help quickstart era5 test test-all lint sif image clean
+.PHONY: help quickstart era5 test test-cluster test-all lint sif image clean
 
 help:
 	@echo "make quickstart   set up, train the demo on 4 ranks, forecast, score (minutes on 2 cores)"
 	@echo "make era5         the same on the real ERA5 sample, on 2 ranks"
-	@echo "make test         set up, run the whole suite"
-	@echo "make test-all     the same, every mesh for every model, and compiled code (half an hour more)"
+	@echo "make test         set up, lint, run all tests that need no system package"
+	@echo "make test-cluster run those of a real Slurm, MPI, Apptainer and OCI images (root, on Debian)"
+	@echo "make test-all     both, every mesh for every model, and compiled code (half an hour more)"
 	@echo "make lint         ruff and mypy"
 	@echo "make sif          build credit.sif with apptainer (containers/build.sh --help: other bases)"
 	@echo "make image        build the image credit:latest with docker, podman or buildah"
@@ -35,10 +36,14 @@ era5: RANKS = 2
 era5: quickstart
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not cluster'
+
+test-cluster: $(VENV)/.installed
+	$(BIN)/pytest -m 'not slow and cluster' tests/launch tests/containers
 
 test-all: lint
-	$(BIN)/pytest -m 'slow or not slow'
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not cluster'
+	$(BIN)/pytest -m cluster tests/launch tests/containers
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
