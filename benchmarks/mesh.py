@@ -26,7 +26,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -36,8 +35,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from credit.domain_parallel import DomainParallelManager
 from credit.models import DOMAIN_CONVERTERS
@@ -45,6 +42,7 @@ from credit.models.transformer import WindowTransformer
 from credit.parallel.collectives import clip_grad_norm_, gather_objects, local
 from credit.parallel.fsdp2 import synchronize_gradients
 from credit.parallel.mesh import MeshShape, build_device_mesh
+from credit.parallel.meters import Wire
 from credit.parallel.parallelize import parallelize, reduce_gradients
 from credit.parallel.plan import Planner
 from credit.parallel.tensor_parallel import cut_layers
@@ -54,36 +52,6 @@ FIELD, WIDTH, DEPTH, BATCH = (8, 64, 64), 64, 4, 8
 
 def build(rows: int = FIELD[1]) -> nn.Module:
     return WindowTransformer(FIELD[0], FIELD[0], (rows, FIELD[2]), width=WIDTH, depth=DEPTH, heads=8, window=4)
-
-
-class Wire(TorchDispatchMode):
-    """Bytes that this rank sends, and how many messages and collectives it starts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.calls = 0
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        space, _, name = func.name().partition("::")
-        if space == "c10d" and name not in ("recv_", "barrier"):
-            self._count(name, args)
-        return func(*args, **(kwargs or {}))
-
-    def _count(self, name: str, args: tuple) -> None:
-        groups = [a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())]
-        ranks = dist.ProcessGroup.unbox(groups[0]).size()
-        sizes = [tensor.nbytes for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
-        self.calls += 1
-        self.names[name] += 1
-        if name == "send":
-            self.bytes += sum(sizes)
-        elif name == "allreduce_":
-            self.bytes += 2 * sum(sizes) * (ranks - 1) // ranks
-        elif name == "allgather_":  # a list of outputs, and what each rank gives
-            self.bytes += min(sizes) * (ranks - 1)
-        else:  # the larger of what goes in and comes out is the whole
-            self.bytes += max(sizes) * (ranks - 1) // ranks
 
 
 def step(model: nn.Module, optimizer: Any, mesh: DeviceMesh | None, given: dict, x: Tensor) -> None:

@@ -54,11 +54,12 @@ def test_the_quickstart_is_exact_on_two_ranks_and_nothing_is_written(tmp_path) -
 
 
 @pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.stem)
-def test_the_demos_are_exact_on_two_ranks(path: Path, tmp_path) -> None:
-    done = check(str(path), "--ranks", "2", where=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "random fields of 61 x 120" in done.stdout
-    assert "parity over 2 domain ranks, torch.float64: exact to 1e-09" in done.stdout
+def test_the_demos_are_exact_on_two_ranks(path: Path, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "parity", str(path), "--ranks", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "random fields of 61 x 120" in said
+    assert "parity over 2 domain ranks, torch.float64: exact to 1e-09" in said
 
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
@@ -92,9 +93,27 @@ def test_a_missing_store_is_one_paragraph(config) -> None:
     assert "the check needs the store for its grid and channels alone" in done.stderr
 
 
-def test_too_little_time_is_one_paragraph(config, capfd) -> None:
-    assert main(["check", "parity", str(config), "--ranks", "2", "--set", "trainer.timeout=0.2"]) == 2
-    assert "2 local ranks were not done in 0.2 s: give them longer" in capfd.readouterr().err
+NO_PROCESS = """
+import sys
+def see(event, args):
+    if event in ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"):
+        sys.exit(f"{event} {args}")
+sys.addaudithook(see)
+from credit.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ranks_are_threads_and_no_process_is_started(config) -> None:
+    command = [sys.executable, "-c", NO_PROCESS, "check", "parity", str(config), "--ranks", "3"]
+    done = subprocess.run(command, cwd=config.parent, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    assert "parity over 3 domain ranks, torch.float64: exact to 1e-09" in done.stdout
+
+
+def test_channels_are_cut_too(capsys) -> None:
+    assert main(["check", "parity", str(DEMOS[-1]), "--ranks", "4", "--set", "trainer.parallelism.tensor=2"]) == 0
+    assert "parity over 2 domain ranks, torch.float64: exact to 1e-09" in capsys.readouterr().out
 
 
 def test_one_rank_says_that_nothing_is_cut(config, capsys) -> None:
@@ -104,7 +123,7 @@ def test_one_rank_says_that_nothing_is_cut(config, capsys) -> None:
 
 def test_what_is_not_exact_exits_with_1(config, capsys, monkeypatch) -> None:
     report = ParityReport(2, torch.float64, 1e-9, {"output 0": 0.5}, {}, "down.0", 0.25)
-    monkeypatch.setattr("credit.training.check.verify_parity", lambda *args, **kwargs: report)
+    monkeypatch.setattr("credit.training.check.verify_parity_at", lambda *args, **kwargs: report)
     assert main(["check", "parity", str(config)]) == 1
     assert "They part first at down.0, whose output is off by 2.5e-01" in capsys.readouterr().out
 
@@ -113,7 +132,7 @@ def test_a_refusal_exits_with_2(config, capsys, monkeypatch) -> None:
     def refuse(*args, **kwargs) -> None:
         raise DomainParallelError("down.0: torch.linalg.svd cannot be done")
 
-    monkeypatch.setattr("credit.training.check.verify_parity", refuse)
+    monkeypatch.setattr("credit.training.check.verify_parity_at", refuse)
     assert main(["check", "parity", str(config)]) == 2
     assert capsys.readouterr().err == "credit: error: down.0: torch.linalg.svd cannot be done\n"
 

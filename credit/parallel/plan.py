@@ -7,7 +7,6 @@ moment of the step.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,9 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
 from credit.domain_parallel.groups import CountingRanks, Traffic
@@ -26,46 +22,11 @@ from credit.errors import ConfigError
 from credit.parallel.channels import ChannelGroup
 from credit.parallel.fsdp2 import fsdp_blocks, recompute_activations
 from credit.parallel.mesh import MeshShape
+from credit.parallel.meters import Meter
 from credit.parallel.tensor_parallel import cut_channels
 
 ADAMW_STATES = 2
 """Tensors of AdamW for each parameter: the moments."""
-
-
-class Meter(TorchDispatchMode):
-    """Counts what is done while it is on: floating-point operations of convolutions and products of matrices, `flops`;
-    bytes of storages that are made and alive, `now`, and at most, `peak`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = self.now = self.peak = 0
-        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-
-    def ignore(self, tensors: Any) -> None:
-        """Leave these out: they were there before."""
-        for tensor in tensors:
-            self._known[tensor.untyped_storage()] = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._meet(leaf.untyped_storage())
-        return out
-
-    def _meet(self, storage: Any) -> None:
-        if storage in self._known:
-            return
-        size = storage.nbytes()
-        self._known[storage] = size
-        weakref.finalize(storage, self._drop, size)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def _drop(self, size: int) -> None:
-        self.now -= size
 
 
 @dataclass(frozen=True)

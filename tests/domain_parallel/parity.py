@@ -10,11 +10,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from credit.domain_parallel import DomainParallelManager, convert_to_domain_parallel, shard_tensor
 from credit.domain_parallel.manager import get_domain_parallel_manager, set_domain_parallel_manager
 from credit.domain_parallel.thread_ranks import ThreadRanks
+
+TOLERANCE = 1e-9
+on_ranks = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
+ranks = st.integers(2, 5)
+"""For tests of generated cases: settings, and how many ranks."""
 
 Convert = Callable[[nn.Module, DomainParallelManager], nn.Module]
 
@@ -131,3 +140,8 @@ def case_errors(
     """`departures` of torch.nn's layer `kind`, by rank."""
     torch.default_generator.manual_seed(seed)
     return world.run(departures, expected(getattr(nn, kind)(*arguments, **options), shape, seed=seed))
+
+
+def check(found: list[dict[str, float]]) -> None:
+    worst = {name: max(rank[name] for rank in found) for name in found[0]}
+    assert max(worst.values()) < TOLERANCE, worst

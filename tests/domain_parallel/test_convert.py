@@ -21,7 +21,7 @@ from credit.domain_parallel.layers import DomainParallelLayer
 from credit.domain_parallel.thread_ranks import RankError
 from credit.models.attention import WindowAttention
 from tests.domain_parallel import parity
-from tests.domain_parallel.test_layers import check
+from tests.domain_parallel.parity import check
 
 
 class Shared(nn.Module):

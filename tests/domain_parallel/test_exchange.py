@@ -11,8 +11,7 @@ from credit.domain_parallel import HaloExchange, gather_tensor, shard_batch, sha
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.manager import DomainParallelManager
 from credit.domain_parallel.partition import Everything, Partition, TransposedWindow, Window, make_plan
-from tests.domain_parallel.parity import manager, relative
-from tests.domain_parallel.test_layers import on_ranks, ranks
+from tests.domain_parallel.parity import manager, on_ranks, ranks, relative
 
 OPERATORS = st.sampled_from(
     [

@@ -6,25 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
 from credit.domain_parallel import DomainParallelInterpolate, DomainParallelPeriodicConv2d, convert_to_domain_parallel
 from credit.models.unet_diffusion import PeriodicConv2d
 from tests.domain_parallel import parity
+from tests.domain_parallel.parity import check, on_ranks, ranks
 
-TOLERANCE = 1e-9
 MODES = ("zeros", "reflect", "replicate", "circular")
-on_ranks = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
-)
-ranks = st.integers(2, 5)
-
-
-def check(found: list[dict[str, float]]) -> None:
-    worst = {name: max(rank[name] for rank in found) for name in found[0]}
-    assert max(worst.values()) < TOLERANCE, worst
 
 
 @st.composite

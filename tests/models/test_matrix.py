@@ -15,7 +15,7 @@ from credit.models.pangu import Pangu
 from credit.models.unet_diffusion import DiffusionUNet
 from credit.models.wxformer import WXFormer
 from tests.models import parity
-from tests.parallel.test_one_curve import CHANNELS, HEIGHT, MODES, SHAPES, WIDTH
+from tests.parallel.curves import CHANNELS, HEIGHT, MODES, SHAPES, WIDTH
 
 FIELDS: tuple[Any, ...] = (CHANNELS, CHANNELS, (HEIGHT, WIDTH))
 BLOCKS = {"kernels": ((4, 8), (2, 4)), "strides": (2, 2), "local_window": 2, "global_windows": (2, 2), "head_width": 2}

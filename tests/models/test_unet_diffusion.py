@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from credit.domain_parallel.thread_ranks import ThreadWorld
 from credit.models.unet_diffusion import DiffusionUNet, sinusoids
-from tests.domain_parallel.parity import errors
-from tests.domain_parallel.test_layers import check
+from tests.domain_parallel.parity import check, departures, expected
 from tests.models import parity
 
 CHANNELS = (5, 3)
@@ -16,21 +16,15 @@ SMALL = {"width": 8, "levels": 2, "groups": 4, "heads": 2}
 
 @pytest.mark.parametrize(("tp", "domain"), parity.DOMAINS)
 @pytest.mark.parametrize("height", parity.HEIGHTS)
-def test_sharded_equals_plain(worlds, height: int, tp: int, domain: int) -> None:
-    for wrong in worlds(tp * domain).run(parity.errors, "unet_diffusion", CHANNELS, (height, 8), tp, domain, **SMALL):
-        assert not wrong
-
-
-def errors_with_time(tp: int, domain: int) -> dict[str, float]:
-    torch.manual_seed(0)
-    x, time = torch.randn(2, CHANNELS[0], 19, 8), torch.tensor([3.0, 700.0])
-    return parity.wrong(DiffusionUNet(*CHANNELS, (19, 8), **SMALL), (x, time), tp, domain)
+def test_sharded_equals_plain(height: int, tp: int, domain: int) -> None:
+    assert not parity.errors("unet_diffusion", CHANNELS, (height, 8), tp, domain, **SMALL)
 
 
 @pytest.mark.parametrize(("tp", "domain"), [(1, 3), (2, 2)])
-def test_a_given_time_is_the_same_for_all_ranks(worlds, tp: int, domain: int) -> None:
-    for wrong in worlds(tp * domain).run(errors_with_time, tp, domain):
-        assert not wrong
+def test_a_given_time_is_the_same_for_all_ranks(tp: int, domain: int) -> None:
+    torch.manual_seed(0)
+    x, time = torch.randn(2, CHANNELS[0], 19, 8), torch.tensor([3.0, 700.0])
+    assert not parity.wrong(DiffusionUNet(*CHANNELS, (19, 8), **SMALL), (x, time), tp, domain)
 
 
 def converted_as_in_the_reference(model: torch.nn.Module, manager) -> torch.nn.Module:
@@ -50,16 +44,13 @@ def converted_as_in_the_reference(model: torch.nn.Module, manager) -> torch.nn.M
     return converted
 
 
-def reference_errors() -> dict[str, float]:
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_conversion_of_the_reference_runs_as_written(size: int) -> None:
     torch.manual_seed(0)
     model = DiffusionUNet(*CHANNELS, (37, 8), **SMALL)
     torch.nn.init.normal_(model.head.conv.weight, std=0.1)
-    return errors(model, (2, CHANNELS[0], 37, 8), converted_as_in_the_reference)
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_the_conversion_of_the_reference_runs_as_written(worlds, size: int) -> None:
-    check(worlds(size).run(reference_errors))
+    found = expected(model, (2, CHANNELS[0], 37, 8))
+    check(ThreadWorld(size).run(departures, found, converted_as_in_the_reference))
 
 
 def test_forecasts_are_those_at_time_zero_and_depend_on_the_time() -> None:

@@ -28,6 +28,7 @@ from credit.parallel.mesh import build_device_mesh, data_parallel_coords
 from credit.parallel.parallelize import parallelize, reduce_gradients
 from credit.parallel.pieces import in_pieces, whole
 from tests.domain_parallel import parity
+from tests.models import parity as on_mesh
 
 IN, OUT, COLUMNS, BATCH = 3, 2, 12, 2
 TOLERANCE = 1e-9
@@ -103,9 +104,15 @@ def too_large(*case: Any) -> dict[str, float]:
 
 @pytest.mark.parametrize(("decoder", "spectral_norm"), CASES)
 @pytest.mark.parametrize(("tp", "domain"), [(1, 2), (1, 3), (1, 4), (2, 1), (2, 2)])
-def test_sharded_is_plain(worlds, decoder: str, spectral_norm: bool, tp: int, domain: int) -> None:
+def test_sharded_is_plain(decoder: str, spectral_norm: bool, tp: int, domain: int) -> None:
     height = 19 if decoder == "transposed" else 37
-    assert worlds(tp * domain).run(too_large, height, decoder, spectral_norm, tp, domain, {}) == [{}] * tp * domain
+    model = build(height, decoder, spectral_norm)
+    assert not on_mesh.wrong(model, (torch.randn(BATCH, IN, height, COLUMNS),), tp, domain)
+
+
+@pytest.mark.parametrize(("decoder", "spectral_norm"), CASES)
+def test_sharded_is_plain_on_processes(worlds, decoder: str, spectral_norm: bool) -> None:
+    assert worlds(4).run(too_large, 19, decoder, spectral_norm, 2, 2, {}) == [{}] * 4
 
 
 @pytest.mark.parametrize(
@@ -121,8 +128,8 @@ def test_sharded_is_plain_on_a_mesh_of_all_three(worlds, decoder: str, spectral_
     assert worlds(8).run(too_large, 19, decoder, spectral_norm, 2, 2, trainer) == [{}] * 8
 
 
-def test_sharded_is_plain_at_one_degree(worlds) -> None:
-    assert worlds(4).run(too_large, 181, "transposed", True, 1, 4, {}) == [{}] * 4
+def test_sharded_is_plain_at_one_degree() -> None:
+    assert not on_mesh.wrong(build(181, "transposed", True), (torch.randn(BATCH, IN, 181, COLUMNS),), 1, 4)
 
 
 def recomputed(spectral_norm: bool) -> dict[str, float]:

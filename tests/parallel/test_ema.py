@@ -15,7 +15,7 @@ from credit.parallel.ema import EMA
 from credit.parallel.mesh import build_device_mesh
 from credit.parallel.parallelize import parallelize
 from credit.parallel.pieces import in_pieces, whole
-from tests.parallel.test_one_curve import CHANNELS, HEIGHT, WIDTH, Transformer, conf
+from tests.parallel.curves import CHANNELS, HEIGHT, WIDTH, Transformer, conf
 
 
 def test_the_average_is_the_sum_of_the_weights_with_decaying_shares() -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.mesh import Wire
 from credit.config import load_config
 from credit.domain_parallel import DomainParallelManager
 from credit.errors import ConfigError
@@ -17,6 +16,7 @@ from credit.models.transformer import WindowTransformer
 from credit.models.unet import UNet
 from credit.parallel import build_device_mesh, parallelize, reduce_gradients, shard_spatial
 from credit.parallel.mesh import MeshShape
+from credit.parallel.meters import Wire
 from credit.parallel.plan import Planner, StepCost
 from credit.training.plan import plan
 from credit.training.rollout import changes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -15,9 +16,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrizations
 
 from credit.domain_parallel import DomainParallelError, DomainParallelManager, convert_to_domain_parallel, shard_tensor
+from credit.domain_parallel.thread_ranks import RankError as ThreadRankError
+from credit.domain_parallel.thread_ranks import ThreadWorld, thread_ranks
 from credit.models.attention import AxialAttention, GlobalAttention, WindowAttention
 from credit.models.transformer import ConvMLP, WindowTransformer
+from credit.parallel.collectives import local
 from credit.parallel.tensor_parallel import TensorParallelError, apply_tensor_parallel
+from credit.training.check import place_in
 from tests.domain_parallel.parity import relative
 from tests.ranks import RankError
 
@@ -140,31 +145,16 @@ def manager(tp: int, domain: int) -> DomainParallelManager:
     return DomainParallelManager.from_mesh(mesh(tp, domain))
 
 
-def whole_gradient(layer: nn.Module, parameter: Tensor) -> Tensor:
-    """The gradient of the whole parameter, in the plain model's order."""
-    grad = parameter.grad
-    if not isinstance(grad, DTensor):
-        return grad
-    full = grad.full_tensor()
-    partition = layer._tp_partition
-    if partition.outer == 1:
-        return full
-    order = [i for rank in range(partition.parts) for i in partition.indices(rank)]
-    return torch.empty_like(full).index_copy_(0, torch.tensor(order), full)
-
-
-def errors(name: str, tp: int, domain: int) -> dict[str, float]:
-    torch.manual_seed(0)
-    build = MODELS[name]
-    plain = build().double()
-    torch.manual_seed(0)
-    cut = build().double()
-    for model in (plain, cut):
-        for i, parameter in enumerate(model.parameters()):
+def errors(name: str, cut: Callable[[nn.Module], nn.Module], manager: DomainParallelManager) -> dict[str, float]:
+    """Relative errors on this rank of a model that is cut by `cut` and over the manager's domain. Runs on ranks."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(MODELS[name]().double())
+        for i, parameter in enumerate(models[-1].parameters()):
             with torch.no_grad():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
-    cut = apply_tensor_parallel(cut, mesh(tp, domain)["tp"] if tp > 1 else None)
-    cut = convert_to_domain_parallel(cut, manager(tp, domain))
+    plain, ours = models[0], convert_to_domain_parallel(cut(models[1]), manager)
     x = torch.randn(2, C, H, W, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(1)
     y = plain(x)
@@ -172,35 +162,50 @@ def errors(name: str, tp: int, domain: int) -> dict[str, float]:
     y.backward(cotangent)
 
     def rows(t):
-        return shard_tensor(t, -2, manager(tp, domain))
+        return shard_tensor(t, -2, manager)
 
     mine = rows(x.detach()).clone().requires_grad_()
     torch.manual_seed(1)
-    ours = cut(mine)
-    ours.backward(rows(cotangent))
-    found = {"output": relative(ours, rows(y)), "input": relative(mine.grad, rows(x.grad))}
-    owners = {p: module for module in cut.modules() for p in module._parameters.values()}
-    for (path, wanted), (path_too, parameter) in zip(plain.named_parameters(), cut.named_parameters(), strict=True):
+    output = ours(mine)
+    output.backward(rows(cotangent))
+    found = {"output": relative(output, rows(y)), "input": relative(mine.grad, rows(x.grad))}
+    owners = {p: (module, n) for module in ours.modules() for n, p in module._parameters.items()}
+    for (path, wanted), (path_too, parameter) in zip(plain.named_parameters(), ours.named_parameters(), strict=True):
         assert path == path_too
-        if isinstance(parameter.grad, DTensor):
-            dist.all_reduce(
-                parameter.grad._local_tensor, group=manager(tp, domain).domain_group
-            ) if domain > 1 else None
-            total = whole_gradient(owners[parameter], parameter)
-        else:
-            total = parameter.grad
-            if domain > 1:
-                dist.all_reduce(total, group=manager(tp, domain).domain_group)
-        found[path] = relative(total, wanted.grad)
+        total = manager.group.all_reduce(local(parameter.grad))
+        layer, n = owners[parameter]
+        found[path] = relative(layer.whole(total) if n in getattr(layer, "_tp_cut", ()) else total, wanted.grad)
     return found
+
+
+def errors_of_processes(name: str, tp: int, domain: int) -> dict[str, float]:
+    def cut(model: nn.Module) -> nn.Module:
+        return apply_tensor_parallel(model, mesh(tp, domain)["tp"] if tp > 1 else None)
+
+    return errors(name, cut, manager(tp, domain))
+
+
+def check(found: list[dict[str, float]]) -> None:
+    for rank in found:
+        wrong = {what: error for what, error in rank.items() if not error < 1e-9}
+        assert not wrong
 
 
 @pytest.mark.parametrize(("tp", "domain"), [(2, 1), (4, 1), (2, 2), (1, 2), (1, 4), (2, 4), (4, 2)])
 @pytest.mark.parametrize("name", MODELS)
-def test_cut_equals_whole(worlds, name: str, tp: int, domain: int) -> None:
-    for found in worlds(tp * domain).run(errors, name, tp, domain):
-        wrong = {what: error for what, error in found.items() if not error < 1e-9}
-        assert not wrong, f"{name}: {wrong}"
+def test_cut_equals_whole(name: str, tp: int, domain: int) -> None:
+    with thread_ranks(tp * domain) as world:
+
+        def on_rank() -> dict[str, float]:
+            place = place_in(world, tp, domain)
+            return errors(name, place.cut.apply if place.cut else lambda model: model, place.manager)
+
+        check(world.run(on_rank))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cut_equals_whole_on_processes_whose_parameters_are_dtensors(worlds, name: str) -> None:
+    check(worlds(4).run(errors_of_processes, name, 2, 2))
 
 
 def parameters(name: str) -> list[tuple[str, tuple, tuple]]:
@@ -274,22 +279,18 @@ REFUSED_AT_RUN = {
 }
 
 
-def run_cut(build, tp: int, domain: int) -> None:
+def run_refused(world: ThreadWorld, name: str, tp: int, domain: int) -> None:
     torch.manual_seed(0)
-    model = apply_tensor_parallel(build(), mesh(tp, domain)["tp"])
-    model = convert_to_domain_parallel(model, manager(tp, domain))
-    model(shard_tensor(torch.randn(2, C, H, W), -2, manager(tp, domain))).sum().backward()
-
-
-def run_refused(name: str, tp: int, domain: int) -> None:
-    run_cut(REFUSED_AT_RUN[name][0], tp, domain)
+    place = place_in(world, tp, domain)
+    model = convert_to_domain_parallel(place.cut.apply(REFUSED_AT_RUN[name][0]()), place.manager)
+    model(shard_tensor(torch.randn(2, C, H, W), -2, place.manager)).sum().backward()
 
 
 @pytest.mark.parametrize(("tp", "domain"), [(4, 1), (4, 2)])
 @pytest.mark.parametrize("name", REFUSED_AT_RUN)
-def test_what_needs_other_channels_is_refused_on_every_rank(worlds, name: str, tp: int, domain: int) -> None:
-    with pytest.raises(RankError) as caught:
-        worlds(tp * domain).run(run_refused, name, tp, domain, timeout=60)
+def test_what_needs_other_channels_is_refused_on_every_rank(name: str, tp: int, domain: int) -> None:
+    with thread_ranks(tp * domain) as world, pytest.raises(ThreadRankError) as caught:
+        world.run(run_refused, world, name, tp, domain)
     assert len(caught.value.errors) == tp * domain
     for error in caught.value.errors.values():
         assert isinstance(error, DomainParallelError | TensorParallelError), error

@@ -1,0 +1,80 @@
+"""What a step does, counted while it runs: floating-point operations and live bytes, bytes and calls on the wire."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+class Meter(TorchDispatchMode):
+    """Counts what is done while it is on: floating-point operations of convolutions and products of matrices, `flops`;
+    bytes of storages that are made and alive, `now`, and at most, `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.now = self.peak = 0
+        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def ignore(self, tensors: Any) -> None:
+        """Leave these out: they were there before."""
+        for tensor in tensors:
+            self._known[tensor.untyped_storage()] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._meet(leaf.untyped_storage())
+        return out
+
+    def _meet(self, storage: Any) -> None:
+        if storage in self._known:
+            return
+        size = storage.nbytes()
+        self._known[storage] = size
+        weakref.finalize(storage, self._drop, size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
+
+
+class Wire(TorchDispatchMode):
+    """Bytes that this rank sends, and how many messages and collectives it starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.calls = 0
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        space, _, name = func.name().partition("::")
+        if space == "c10d" and name not in ("recv_", "barrier"):
+            self._count(name, args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: tuple) -> None:
+        groups = [a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())]
+        ranks = dist.ProcessGroup.unbox(groups[0]).size()
+        sizes = [tensor.nbytes for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
+        self.calls += 1
+        self.names[name] += 1
+        if name == "send":
+            self.bytes += sum(sizes)
+        elif name == "allreduce_":
+            self.bytes += 2 * sum(sizes) * (ranks - 1) // ranks
+        elif name == "allgather_":  # a list of outputs, and what each rank gives
+            self.bytes += min(sizes) * (ranks - 1)
+        else:  # the larger of what goes in and comes out is the whole
+            self.bytes += max(sizes) * (ranks - 1) // ranks
