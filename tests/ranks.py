@@ -20,7 +20,13 @@ from datetime import timedelta
 from typing import Any
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "credit.training.train"])
+# torch._dynamo is imported by an optimiser's first step: a second of every rank, unless the server has done it.
+_context.set_forkserver_preload(
+    [
+        *("torch", "torch.distributed.device_mesh", "torch.distributed.fsdp", "torch._dynamo"),
+        *("credit.training.train", "credit.training.forecast", "credit.training.export"),
+    ]
+)
 
 RANK_TIMEOUT_S = 180
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from torch import nn
 from credit.errors import CreditError, DataError
 from credit.parallel import collectives
 from credit.parallel.collectives import sync_domain_gradients, together
+from credit.parallel.meters import Wire
 from tests.domain_parallel import parity
 from tests.ranks import RankError
 
@@ -44,16 +47,17 @@ def test_no_failure_is_no_failure(worlds) -> None:
     worlds(2).run(fail_on, [], DataError)
 
 
-def averaged(bucket_bytes: int) -> list[list[float]]:
-    """Gradients of rank + 1, one parameter without a gradient on rank 0, in buckets of two dtypes."""
-    collectives.BUCKET_BYTES = bucket_bytes
+def averaged(bucket_bytes: int) -> tuple[list[list[float]], int]:
+    """Gradients of rank + 1, one parameter without a gradient on rank 0, in buckets of two dtypes; and how many sums
+    it took."""
     model = nn.ParameterList([nn.Parameter(torch.zeros(3)) for _ in range(4)])
     model.append(nn.Parameter(torch.zeros(2, dtype=torch.float64)))
     for i, parameter in enumerate(model):
         if not (i == 1 and dist.get_rank() == 0):
             parameter.grad = torch.full_like(parameter, (dist.get_rank() + 1) * 10**i)
-    sync_domain_gradients(model, parity.manager())
-    return [parameter.grad.tolist() for parameter in model]
+    with patch.object(collectives, "BUCKET_BYTES", bucket_bytes), Wire() as wire:  # these ranks go on to other tests
+        sync_domain_gradients(model, parity.manager())
+    return [parameter.grad.tolist() for parameter in model], wire.names["allreduce_"]
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 24, 25 * 2**20])
