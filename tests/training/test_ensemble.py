@@ -22,8 +22,7 @@ from credit.training.check import model_shape
 from credit.training.forecast import forecast, roll_out
 from credit.training.noise import Noise
 from credit.training.train import TrainingRun, train
-from tests.training.test_parity import curve
-from tests.training.test_resume import interrupted, on, small
+from tests.training.runs import curve, interrupted, on, small
 
 MEMBERS = 3
 NOISE = Noise(7, (13, 16), range(13), torch.device("cpu"), torch.float64)

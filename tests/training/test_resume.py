@@ -16,15 +16,13 @@ import torch.distributed as dist
 import xarray as xr
 
 from credit.config import parse_config
-from credit.data.prepare import write_statistics
 from credit.data.store import FieldStore
 from credit.errors import CreditError, Stopped
 from credit.launch.job import Job, start_job
 from credit.launch.stop import stop_requests
 from credit.models.transformer import WindowTransformer
 from credit.parallel import checkpoint
-from credit.parallel.checkpoint import get_model_state_dict, list_checkpoints
-from credit.parallel.pieces import in_pieces, whole
+from credit.parallel.checkpoint import list_checkpoints
 from credit.status import read_status
 from credit.training import forecast as forecasting
 from credit.training import setup
@@ -32,51 +30,17 @@ from credit.training import train as training
 from credit.training.export import export
 from credit.training.score import score
 from tests.ranks import RankError
-from tests.stores import conf, dataset, write_zarr
-from tests.training.test_parity import curve
-
-
-class Killed(Exception):
-    pass
-
-
-def interrupted(raw: dict, at: int) -> None:
-    """Train until step `at` has been taken, then die without warning."""
-    real = training.TrainingRun.train_step
-
-    def step_or_die(self, batch, step):
-        if step == at:
-            raise Killed
-        return real(self, batch, step)
-
-    training.TrainingRun.train_step = step_or_die
-    try:
-        curve(raw)
-    except Killed:
-        pass
-    finally:
-        training.TrainingRun.train_step = real
+from tests.stores import dataset
+from tests.training.runs import curve, interrupted, losses_and_weights, on, small, with_transformer
 
 
 def serially(function, *args) -> list:
     return [function(*args)]
 
 
-def small(folder: Path) -> dict:
-    raw = conf(folder / "run", write_zarr(folder / "s.zarr", dataset()), dtype="float64", checkpoint_every=3)
-    raw["data"]["stats"] = str(folder / "stats.nc")
-    write_statistics(parse_config(raw))
-    return raw
-
-
 @pytest.fixture
 def raw(tmp_path) -> dict:
     return small(tmp_path)
-
-
-def on(raw: dict, run: Path, data: str, domain: int, tensor: int = 1) -> dict:
-    parallelism = {"data": data, "tensor": tensor, "domain": domain}
-    return {**raw, "run": str(run), "trainer": {**raw["trainer"], "parallelism": parallelism}}
 
 
 @pytest.mark.parametrize(
@@ -101,12 +65,6 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(worlds, raw, tmp_path, befor
     assert rest_valid == pytest.approx(whole_valid, rel=rel, abs=0)
     with (tmp_path / "cut" / "log.csv").open() as stream:
         assert [int(row["step"]) for row in csv.DictReader(stream)] == list(range(1, 11))
-
-
-def with_transformer(raw: dict) -> dict:
-    raw["model"] = {"name": "transformer", "width": 16, "depth": 2, "heads": 4, "window": 2, "ratio": 2}
-    raw["trainer"].update(ema=0.8, batch_size=4, epochs=2)
-    return raw
 
 
 def stopped(raw: dict, at: int) -> list[float]:
@@ -159,15 +117,6 @@ MESHES = {
     "1x1x1": (1, "none", 1, 1),
     "2x2x1": (4, "ddp", 1, 2),
 }
-
-
-def losses_and_weights(raw: dict) -> tuple[list[float], dict[str, np.ndarray]]:
-    """The loss of each step taken, and at the end the plain weights and averages."""
-    with start_job(lambda: parse_config(raw)) as job:
-        trained = training.train(job)
-        pieces = in_pieces(trained.model, get_model_state_dict(trained.model))
-        state = {name: whole(value).detach().numpy().copy() for name, value in pieces.items()}
-    return trained.losses, state
 
 
 @pytest.fixture(scope="module")

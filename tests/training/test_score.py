@@ -14,9 +14,9 @@ from credit.config import parse_config
 from credit.data.prepare import write_statistics
 from credit.data.store import FieldStore
 from credit.training.score import FIELDS, FORECASTS, Scores, score, zonal_power
+from tests.pictures import assert_not_blank
 from tests.ranks import RankError
 from tests.stores import conf, dataset, write_zarr
-from tests.test_quickstart import assert_not_blank
 
 STARTS, LEADS, TRAINED = np.array([30, 32, 34, 35]), 4, 24
 CHANNELS = {"b": ("b", None), "c_500": ("c", 500.0), "c_850": ("c", 850.0)}
