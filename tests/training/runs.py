@@ -15,6 +15,7 @@ from credit.launch.job import start_job
 from credit.parallel.checkpoint import get_model_state_dict
 from credit.parallel.pieces import in_pieces, whole
 from credit.training import train as training
+from credit.training.export import export
 from tests.stores import conf, dataset, write_zarr
 
 
@@ -52,6 +53,11 @@ def losses_and_weights(raw: dict[str, Any]) -> tuple[list[float], dict[str, np.n
         pieces = in_pieces(trained.model, get_model_state_dict(trained.model))
         state = {name: whole(value).detach().numpy().copy() for name, value in pieces.items()}
     return trained.losses, state
+
+
+def exported(raw: dict[str, Any], path: Path) -> None:
+    with start_job(lambda: parse_config(raw)) as job:
+        export(job, path)
 
 
 class Killed(Exception):
