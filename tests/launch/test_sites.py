@@ -92,7 +92,7 @@ def test_without_slurm_a_job_is_shown_but_not_handed_in(tmp_path, monkeypatch) -
     monkeypatch.setenv("PATH", str(tmp_path))
     given = {"site": "generic_slurm", "changes": [f"run={tmp_path}"]}
     assert "#SBATCH --nodes=1" in str(submit("configs/quickstart.yaml", **given, dry_run=True))
-    with pytest.raises(LaunchError, match="the scheduler did not take the job: .* No such file .* 'sbatch'"):
+    with pytest.raises(LaunchError, match=r"the scheduler did not take the job: .* No such file .* 'sbatch'"):
         submit("configs/quickstart.yaml", **given)
 
 
