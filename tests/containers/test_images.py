@@ -150,13 +150,15 @@ def other_mpis() -> Work:
 @contextmanager
 def home() -> Iterator[None]:
     """In the user's home, a torch of the user's own, and a Python."""
+    for folder in (".local", "conda"):
+        shutil.rmtree(HOME / folder, ignore_errors=True)
     (PACKAGES / "torch").mkdir(parents=True)
     (PACKAGES / "torch" / "__init__.py").write_text("raise ImportError('the torch of the home directory')\n")
     (HOME / "conda/bin").mkdir(parents=True)
     (HOME / "conda/bin/python").symlink_to("/usr/bin/python3")
     yield
-    shutil.rmtree(HOME / ".local")
-    shutil.rmtree(HOME / "conda")
+    for folder in (".local", "conda"):
+        shutil.rmtree(HOME / folder)
 
 
 @contextmanager
