@@ -62,9 +62,18 @@ def torchrun(nodes: int, rank: str = "0", ranks: int = 4, master: str = "n0:2957
     return [str(BIN / "torchrun"), f"--nnodes={nodes}", f"--nproc-per-node={ranks // nodes}", *where, "-m"]
 
 
-def losses(folder: Path) -> list[tuple[str, float]]:
+def log(folder: Path) -> list[dict[str, str]]:
     with (folder / "log.csv").open(newline="") as stream:
-        return [(row["step"], float(row["loss"])) for row in csv.DictReader(stream)]
+        return list(csv.DictReader(stream))
+
+
+def losses(folder: Path) -> list[tuple[str, float]]:
+    return [(row["step"], float(row["loss"])) for row in log(folder)]
+
+
+def training_s(folder: Path) -> float:
+    """How long the steps took."""
+    return sum(float(row["seconds"]) for row in log(folder))
 
 
 def same_curve(base: Path, folder: Path) -> None:

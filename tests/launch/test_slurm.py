@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests.launch.ahead import ahead, asked_for
-from tests.launch.jobs import BIN, PYTHON, ROOT, bitwise, run, same_curve, torchrun, weights, write_base
+from tests.launch.jobs import BIN, PYTHON, ROOT, bitwise, run, same_curve, torchrun, training_s, weights, write_base
 from tests.launch.stories import LONG, STEPS, lose_a_rank, reach_the_time_limit, suffer, train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -152,13 +152,14 @@ def submitted_from_python(site: str, place: Place) -> CompletedProcess:
 
 def layouts(place: Place) -> list[str]:
     """The tables of a block and of a cyclic job."""
-    return [command(["srun", *TWO_BY_TWO, f"-m{kind}", *LAYOUT], place).stdout for kind in ("block", "cyclic")]
+    kinds = ("block", "cyclic")
+    return [command(["srun", "-Q", *TWO_BY_TWO, f"--distribution={kind}", *LAYOUT], place).stdout for kind in kinds]
 
 
 class Long(NamedTuple):
-    """The long run undisturbed: how long it took, which starting up is most of, and what it ended with."""
+    """The long run undisturbed: how long it took to start, and what it ended with."""
 
-    seconds: float
+    startup_s: float
     weights: dict[str, torch.Tensor]
 
 
@@ -172,9 +173,9 @@ def long(slurm, base, tmp_path_factory) -> Long:
     folder = tmp_path_factory.mktemp("long")
     begin = time.monotonic()
     done = train(base, folder)
-    seconds = time.monotonic() - begin
+    took = time.monotonic() - begin
     assert done.returncode == 0, done.stdout
-    return Long(seconds, weights(folder, base, LONG))
+    return Long(took - training_s(folder), weights(folder, base, LONG))
 
 
 Work = dict[str, Callable[[Place], Any]]
@@ -183,7 +184,7 @@ Work = dict[str, Callable[[Place], Any]]
 def work(long: Long) -> Work:
     """All that tests look at, by name. The longest first."""
     return {
-        "time limit": lambda place: reach_the_time_limit(*place, startup_s=long.seconds),
+        "time limit": lambda place: reach_the_time_limit(*place, startup_s=long.startup_s),
         "requeue, crash, cancel": lambda place: suffer(*place),
         "SIGSTOP": lambda place: lose_a_rank(*place, how=signal.SIGSTOP),
         "SIGKILL": lambda place: lose_a_rank(*place, how=signal.SIGKILL),
