@@ -16,6 +16,7 @@ import pytest
 
 from tests.containers import lab
 from tests.launch import cluster
+from tests.launch.stories import is_gone
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -123,9 +124,9 @@ def submitted(sif: Path, bare: Path) -> str:
     """submitit inside the image; stopped by the clock, requeued from outside, where scontrol is. The job's log."""
     folder = bare / "submitted"
     slow, more = slowly(bare)
-    env = {**cluster.env(), "GLOO_SOCKET_IFNAME": "", "APPTAINER_USERNS": "1", "CREDIT_STOP_BEFORE": "25", **more}
+    env = {**cluster.env(), "GLOO_SOCKET_IFNAME": "", "APPTAINER_USERNS": "1", "CREDIT_STOP_BEFORE": "75", **more}
     options = [*shorter(folder), *slow, "--set", "trainer.epochs=200", "--set", "trainer.checkpoint_every=1000"]
-    where = ["--site", "generic_slurm", "--nodes", "2", "--ranks-per-node", "1", "--time", "0:01:00"]
+    where = ["--site", "generic_slurm", "--nodes", "2", "--ranks-per-node", "1", "--time", "0:02:00"]
     done = run(BIN / "credit", "submit", CONFIG, *options, *where, "--container", sif, env=env)
     job = re.match(r"job (\d+)", done.stdout)
     assert job is not None, done.stdout
@@ -133,7 +134,7 @@ def submitted(sif: Path, bare: Path) -> str:
     def log() -> str:
         return "".join(one.read_text() for one in (folder / "jobs").glob(f"{job[1]}_0_log.*"))
 
-    lab.until(lambda: "resuming from" in log(), "the job goes on")
+    lab.until(lambda: "resuming from" in log() or is_gone(job[1]), "the job goes on")
     run("scancel", job[1], env=env)
     return log()
 
