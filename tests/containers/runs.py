@@ -124,7 +124,7 @@ def submitted(sif: Path, bare: Path) -> str:
     """submitit inside the image; stopped by the clock, requeued from outside, where scontrol is. The job's log."""
     folder = bare / "submitted"
     slow, more = slowly(bare)
-    env = {**cluster.env(), "GLOO_SOCKET_IFNAME": "", "APPTAINER_USERNS": "1", "CREDIT_STOP_BEFORE": "75", **more}
+    env = {**cluster.env(), "GLOO_SOCKET_IFNAME": "", "APPTAINER_USERNS": "1", "CREDIT_STOP_BEFORE": "60", **more}
     options = [*shorter(folder), *slow, "--set", "trainer.epochs=200", "--set", "trainer.checkpoint_every=1000"]
     where = ["--site", "generic_slurm", "--nodes", "2", "--ranks-per-node", "1", "--time", "0:02:00"]
     done = run(BIN / "credit", "submit", CONFIG, *options, *where, "--container", sif, env=env)
