@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from credit.cli import main
 from tests.pictures import assert_not_blank
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -18,23 +19,22 @@ CHANNELS = ("u500", "v500", "z500")
 
 
 @pytest.mark.timeout(1200)
-def test_the_quickstart_beats_persistence_at_a_day(tmp_path) -> None:
+def test_the_quickstart_beats_persistence_at_a_day(worlds, tmp_path, capsys) -> None:
+    """Training through torchrun; forecast and score, which it starts alike, on ranks that are there already."""
     shorter = [f"run={tmp_path / 'run'}", "trainer.epochs=1", "forecast.every=16", "forecast.lead=24h"]
-    changes = [part for change in shorter for part in ("--set", change)]
+    given = [str(CONFIG), *(part for change in shorter for part in ("--set", change))]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def credit(*words: str, ranks: int) -> str:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        command = [sys.executable, *launcher, "-m", "credit", *words, str(CONFIG), *changes]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    said = credit("train", ranks=4)
-    assert "mesh dp 2 x tp 1 x domain 2 (ddp) on cpu, ranks from torchrun" in said
-    assert re.search(r"step 59/59 .* samples/s  ETA 0:00", said)
-    credit("forecast", ranks=2)
-    table = credit("score", ranks=1)
+    done = subprocess.run(
+        [*launcher, "-m", "credit", "train", *given], env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mesh dp 2 x tp 1 x domain 2 (ddp) on cpu, ranks from torchrun" in done.stdout
+    assert re.search(r"step 59/59 .* samples/s  ETA 0:00", done.stdout)
+    assert worlds(2).run(main, ["forecast", *given]) == [0, 0]
+    capsys.readouterr()
+    assert main(["score", *given]) == 0
+    table = capsys.readouterr().out
 
     with (tmp_path / "run" / "scores.csv").open() as stream:
         rmse = {

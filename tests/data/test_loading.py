@@ -29,6 +29,15 @@ from tests.stores import conf, dataset, write_zarr
 from tests.training.runs import curve, fields_of, on, small
 
 
+@pytest.fixture(scope="module", autouse=True)
+def server(worlds) -> None:
+    """Let ranks start the server that workers are forked from too: it imports for ranks what workers can do without.
+
+    The other way round, every rank of the session would import all by itself.
+    """
+    worlds(2)
+
+
 class Probe:
     """Batches of `reading`, which may say what its process has, fail, take its time, or die."""
 

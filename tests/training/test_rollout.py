@@ -11,14 +11,13 @@ from torch import Tensor
 from credit.config import parse_config
 from credit.data.dataset import StepDataset
 from credit.data.sampler import Draw
-from credit.errors import CheckpointError, DataError
+from credit.errors import DataError
 from credit.launch.job import start_job
 from credit.training.forecast import roll_out
 from credit.training.preflight import preflight
 from credit.training.rollout import changes
 from credit.training.train import TrainingRun, train
-from tests.ranks import RankError
-from tests.training.runs import curve, fields_of, interrupted, on, small, with_transformer
+from tests.training.runs import curve, fields_of, on, small, with_transformer
 
 STEPS = 3
 
@@ -112,19 +111,6 @@ def test_detached_steps_with_a_backward_each_are_the_detached_sum(raw, tmp_path)
         (sum(run.shares_of_loss(batch, 1)) / run.trainer.batch_size).backward()
     for parameter, gradient in zip(run.model.parameters(), found, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-12, atol=1e-14)
-
-
-def test_a_killed_run_goes_on_as_if_it_had_not_been(worlds, raw, tmp_path) -> None:
-    """Bitwise; and as another rollout not at all."""
-    whole, *_ = worlds(2).run(curve, on(raw, tmp_path / "whole", "none", 2))[0]
-    cut = on(raw, tmp_path / "cut", "none", 2)
-    worlds(2).run(interrupted, cut, 4)
-    other = {**cut, "trainer": {**cut["trainer"], "rollout": 2}}
-    with pytest.raises(RankError, match=r"trainer.rollout was 3 and is 2") as caught:
-        worlds(2).run(curve, other)
-    assert all(isinstance(error, CheckpointError) for error in caught.value.errors.values())
-    rest, *_ = worlds(2).run(curve, cut)[0]
-    assert rest == whole[3:]
 
 
 def test_a_rollout_that_the_period_does_not_hold_is_refused_before_the_ranks_start(raw, tmp_path) -> None:
