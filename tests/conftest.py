@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def worlds() -> Iterator[Callable[[int], World]]:
         one.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def slurm() -> Iterator[None]:
     reason = cluster.missing()
     if reason is not None:
@@ -43,19 +44,29 @@ def slurm() -> Iterator[None]:
     cluster.stop()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def images(request) -> Iterator[dict[str, Future]]:
+    """Those that the selected tests need, built from these sources while other tests run."""
+    needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    pool = ThreadPoolExecutor()
+    builds = {"sif": lab.build_sif, "oci": lab.build_oci}
+    yield {kind: pool.submit(build) for kind, build in builds.items() if kind in needed}
+    pool.shutdown(cancel_futures=True)
+
+
 @pytest.fixture(scope="session")
-def sif() -> Path:
-    """The Apptainer image, built from these sources."""
+def sif(images) -> Path:
+    """The Apptainer image."""
     try:
-        return lab.build_sif()
+        return images["sif"].result()
     except lab.MissingError as error:
         pytest.skip(f"Apptainer images cannot be built here: {error}")
 
 
 @pytest.fixture(scope="session")
-def oci() -> str:
-    """The name of the OCI image, built from these sources."""
+def oci(images) -> str:
+    """The name of the OCI image."""
     try:
-        return lab.build_oci()
+        return images["oci"].result()
     except lab.MissingError as error:
         pytest.skip(f"OCI images cannot be built here: {error}")

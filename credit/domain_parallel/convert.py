@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 Converter = Callable[[nn.Module], nn.Module]
 
 
-def _reads_other_rows(conv: nn.Module, axis: int) -> bool:
+def _reads_other_rows(conv: Any, axis: int) -> bool:
     if conv.kernel_size[axis] > 1 or conv.stride[axis] > 1:
         return True
     padding = conv.padding if isinstance(conv.padding, str) else conv.padding[axis]
@@ -65,7 +66,7 @@ def _replace_module(parent: nn.Module, name: str, old_module: nn.Module, new_mod
 
 
 # Layers that take and give shards when called by themselves, too; everything else does inside the converted root.
-_LAYERS: dict[type[nn.Module], tuple[Callable[[nn.Module], bool], Callable[..., nn.Module]]] = {
+_LAYERS: dict[type[nn.Module], tuple[Callable[[Any], bool], Callable[..., nn.Module]]] = {
     nn.Conv2d: (_needs_halo_conv2d, DomainParallelConv2d),
     nn.Conv3d: (_needs_halo_conv3d, lambda conv, dim: DomainParallelConv3d(conv, dim)),
     nn.ConvTranspose2d: (_needs_halo_conv_transpose2d, DomainParallelConvTranspose2d),
@@ -121,7 +122,7 @@ def convert_to_domain_parallel(
         if isinstance(layer, DomainParallelLayer):
             layer.__dict__["_domain_manager"] = manager
     become(model, DomainParallelRoot)
-    model._domain_border = Border(manager, shard_dim)
+    model.__dict__["_domain_border"] = Border(manager, shard_dim)
     return model
 
 
@@ -142,13 +143,16 @@ def _find_sites(
         plain = next((kind for kind in _LAYERS if isinstance(module, kind)), None)
         # A subclass with a forward of its own is the model's code like any other.
         if plain is not None and not _overridden(type(module), plain) and _LAYERS[plain][0](module):
-            rule = _LAYERS[plain][1]
-            sites.append((path, module, lambda m, rule=rule: rule(m, shard_dim)))
+            sites.append((path, module, partial(_sharded, _LAYERS[plain][1], shard_dim)))
         for name, child in module.named_children():
             walk(child, f"{path}.{name}" if path else name)
 
     walk(model, "")
     return sites
+
+
+def _sharded(layer: Callable[..., nn.Module], shard_dim: int, module: nn.Module) -> nn.Module:
+    return layer(module, shard_dim)
 
 
 def _overridden(kind: type[nn.Module], plain: type[nn.Module]) -> bool:

@@ -9,7 +9,6 @@ gives this rank's rows of the result. With one domain rank or no manager it is t
 from __future__ import annotations
 
 import sys
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,10 +29,14 @@ from credit.domain_parallel.root import Border
 from credit.domain_parallel.rules.windows import CONV, conv_in_place, fetch, pads_of, per_axis, share_halo
 from credit.domain_parallel.slab import Slab, inside_model, is_inside_model
 
+_COMBINED: dict[tuple[type, type], type] = {}
 
-@cache
+
 def _combined(layer: type, plain: type) -> type:
-    return type(f"DomainParallel{plain.__name__}", (layer, plain), {"_layer": layer, "_plain": plain})
+    if (layer, plain) not in _COMBINED:
+        attributes = {"_layer": layer, "_plain": plain}
+        _COMBINED[layer, plain] = type(f"DomainParallel{plain.__name__}", (layer, plain), attributes)
+    return _COMBINED[layer, plain]
 
 
 def _rebuild(layer: type, plain: type) -> nn.Module:
@@ -52,18 +55,19 @@ class DomainParallelLayer(nn.Module):
     _layer: type
     _plain: type
     shard_dim: int
+    kernel_size: tuple[int, ...]
 
     def __new__(cls, module: Any = None, *args: Any, **kwargs: Any) -> DomainParallelLayer:
         if not isinstance(module, nn.Module) or hasattr(cls, "_plain"):
             return object.__new__(cls)
-        self = object.__new__(_combined(cls, type(module)))
+        self: DomainParallelLayer = object.__new__(_combined(cls, type(module)))
         object.__setattr__(self, "__dict__", module.__dict__)
         return self
 
     def __init__(self, module: nn.Module, shard_dim: int = -2) -> None:
         self.shard_dim = shard_dim
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         if not hasattr(self, "_plain"):
             return super().__reduce_ex__(protocol)
         return _rebuild, (self._layer, self._plain), self.__dict__
@@ -117,10 +121,20 @@ class DomainParallelLayer(nn.Module):
 class _DomainParallelConv(DomainParallelLayer):
     """Convolution of any kernel, stride, dilation, padding and padding mode."""
 
+    # Of the plain layer that this class is combined with.
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    padding_mode: str
+    groups: int
+    weight: Tensor
+    bias: Tensor | None
+    _reversed_padding_repeated_twice: list[int]
+
     @property
     def conv(self) -> nn.Module:
         """The plain layer: the same state, the forward of one device."""
-        plain = object.__new__(self._plain)
+        plain: nn.Module = object.__new__(self._plain)
         object.__setattr__(plain, "__dict__", self.__dict__)
         return plain
 
@@ -141,7 +155,7 @@ class _DomainParallelConv(DomainParallelLayer):
         """With another padding mode than zeros, one exchange does the padding and the halo."""
         axes = self._spatial_axes
         axis = x.cut - (x.ndim - axes) if isinstance(x, Slab) else -1
-        if axis < 0 or self.padding_mode == "zeros":
+        if not isinstance(x, Slab) or axis < 0 or self.padding_mode == "zeros":
             return super().on_slab(x, *args, **kwargs)
         pads = list(self._reversed_padding_repeated_twice)
         place = 2 * (axes - 1 - axis)
@@ -241,6 +255,9 @@ class DomainParallelPeriodicConv2d(DomainParallelLayer):
         periodic_conv: has `.conv`, an nn.Conv2d without padding, and `.padding`, rows and columns added.
         shard_dim: the sharded axis; latitude.
     """
+
+    conv: nn.Conv2d
+    padding: int
 
     def __init__(self, periodic_conv: nn.Module, shard_dim: int = -2) -> None:
         super().__init__(periodic_conv, shard_dim)
@@ -365,7 +382,7 @@ class DomainParallelRoot(nn.Module):
     _plain: type
     _domain_border: Border
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._layer, self._plain), self.__dict__
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

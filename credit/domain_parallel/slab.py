@@ -56,7 +56,7 @@ _NAMESPACES = {
 _OWN = ("credit.domain_parallel", "credit.parallel", "torch.", "contextlib", "threading")
 """Modules whose lines are not the model's code."""
 
-_local_grad_fn = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]
+_local_grad_fn = getattr(torch.Tensor, "grad_fn").__get__  # noqa: B009
 
 
 class _State(threading.local):
@@ -210,6 +210,16 @@ def running() -> str:
 def is_slab(x: Any) -> TypeGuard[Slab]:
     """True if `x` is a slab of the kind that rules run for."""
     return isinstance(x, _state.kind)
+
+
+def getter(name: str) -> Any:
+    """The function by which torch reads that attribute of a tensor."""
+    return getattr(torch.Tensor, name).__get__
+
+
+def either(*given: Any) -> Slab:
+    """The first slab among them; there is one."""
+    return next(x for x in given if is_slab(x))
 
 
 class _Opened(NamedTuple):

@@ -31,6 +31,41 @@ from credit.domain_parallel.manager import DomainParallelManager, RankState, as_
 from credit.domain_parallel.slab import whereabouts
 
 
+class _Generators:
+    """Where random generators stand: torch's, Python's, and numpy's where there is numpy."""
+
+    def __init__(self) -> None:
+        self.numpy: Any = _numpy_random().get_bit_generator() if "numpy" in sys.modules else None
+        self.save()
+
+    def save(self) -> None:
+        """Of the process, as they stand now. Numpy draws from this very object."""
+        self.torch, self.python = torch.default_generator.get_state(), random.getstate()
+        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+    def restore(self) -> None:
+        torch.default_generator.set_state(self.torch)
+        random.setstate(self.python)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+        if self.numpy is not None:
+            _numpy_random().set_bit_generator(self.numpy)
+
+    def stand_where(self, other: _Generators) -> None:
+        """Take over where `other` stands, with an object of its own for numpy to draw from."""
+        self.torch, self.python, self.cuda = other.torch, other.python, other.cuda
+        if other.numpy is None:
+            self.numpy = None
+            return
+        if type(self.numpy) is not type(other.numpy) or self.numpy is other.numpy:
+            self.numpy = type(other.numpy)()
+        self.numpy.state = other.numpy.state
+
+
+def _numpy_random() -> Any:
+    return sys.modules["numpy"].random
+
+
 class DeadlockError(RuntimeError):
     """No rank can go on. Says who waits for what, and where."""
 
@@ -72,7 +107,7 @@ class _Rank:
     """
 
     may_run: threading.Semaphore
-    generators: list
+    generators: _Generators
     thread: threading.Thread | None = None
     ready: Callable[[], bool] | None = None
     awaits: str = ""
@@ -111,6 +146,7 @@ class ThreadWorld:
     def __init__(self, size: int) -> None:
         self.size = size
         self._ranks: list[_Rank] = []
+        self._generators = [_Generators() for _ in range(size)]
         self._boxes: dict[tuple[int, ...], _Box] = {}
         self._stuck: DeadlockError | None = None
         self._running = threading.local()
@@ -134,10 +170,12 @@ class ThreadWorld:
             RankError: if a rank raises.
             DeadlockError: if ranks wait for each other, or a message was sent that nobody received.
         """
-        before = _generators()
+        before = _Generators()
+        for generators in self._generators:
+            generators.stand_where(before)
         self._boxes.clear()
         self._stuck = None
-        self._ranks = [_Rank(threading.Semaphore(0), before) for _ in range(self.size)]
+        self._ranks = [_Rank(threading.Semaphore(0), generators) for generators in self._generators]
         grad = torch.is_grad_enabled()
         for number, rank in enumerate(self._ranks):
             rank.thread = threading.Thread(
@@ -150,7 +188,7 @@ class ThreadWorld:
                 assert rank.thread is not None
                 rank.thread.join()
         finally:
-            _set_generators(before)
+            before.restore()
         self._raise_errors()
         return [rank.result for rank in self._ranks]
 
@@ -177,7 +215,7 @@ class ThreadWorld:
             # The backward of tensors on a GPU, too, runs in the thread that asks for it.
             alone = torch.autograd.set_multithreading_enabled(False)
             with as_rank(RankState()) as state, torch.set_grad_enabled(grad), alone:
-                _set_generators(rank.generators)
+                rank.generators.restore()
                 state.manager = DomainParallelManager.of_group(self.group())
                 rank.result = function(*args, **kwargs)
         except BaseException as error:
@@ -192,14 +230,14 @@ class ThreadWorld:
         number = self.rank
         rank = self._ranks[number]
         rank.ready, rank.awaits, rank.in_backward = ready, awaits, _in_backward()
-        rank.generators = _generators()
+        rank.generators.save()
         self._hand_over(number)
         rank.may_run.acquire()
         rank.ready = None
         if not ready():
             self._stuck = self._stuck or self._deadlock()
             raise self._stuck
-        _set_generators(rank.generators)
+        rank.generators.restore()
 
     def _hand_over(self, number: int) -> None:
         """The next rank that can run does; if none can, one that waits is told that it waits in vain."""
@@ -327,23 +365,3 @@ def _in_backward() -> bool:
 
 def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _generators() -> list:
-    """Where the random generators of this process stand."""
-    states = [torch.get_rng_state(), random.getstate()]
-    if "numpy" in sys.modules:
-        states.append(sys.modules["numpy"].random.get_state())
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states.append(torch.cuda.get_rng_state())
-    return states
-
-
-def _set_generators(states: list) -> None:
-    torch.set_rng_state(states[0])
-    random.setstate(states[1])
-    for state in states[2:]:
-        if isinstance(state, Tensor):
-            torch.cuda.set_rng_state(state)
-        else:
-            sys.modules["numpy"].random.set_state(state)

@@ -145,7 +145,9 @@ def _sbatch(order: _Order) -> Submission | str:
         python = "python" if site.container_is_option else f"{inside} python"
         options += shlex.split(inside) if site.container_is_option else []
     order.folder.mkdir(parents=True, exist_ok=True)
-    executor = submitit.SlurmExecutor(folder=order.folder, python=python, max_num_timeout=1000)
+    # It refuses to be made where there is no srun. A dry run needs none, and without sbatch `submit` says so.
+    kind = type("SlurmExecutor", (submitit.SlurmExecutor,), {"affinity": classmethod(lambda cls: 2)})
+    executor = kind(folder=order.folder, python=python, max_num_timeout=1000)
     known = submitit.SlurmExecutor._valid_parameters()
     wanted = {
         "job_name": "credit",

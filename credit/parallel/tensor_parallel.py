@@ -212,7 +212,7 @@ class ColumnParallel(_CutLayer):
             with rules_of(Channels):
                 refuse("a column layer", "its input must be whole, and is cut by another column layer before it")
         y = self._apply_to(self._tp_group.spread(x), self._mine("weight"), self._mine("bias"))
-        return Channels(y, self._channel_axis(y), self._tp_partition, self._tp_group)  # type: ignore[arg-type]
+        return Channels(y, self._channel_axis(y), self._tp_partition, self._tp_group)
 
 
 class RowParallel(_CutLayer):
@@ -227,7 +227,7 @@ class RowParallel(_CutLayer):
                 refuse("the row layer", "the channels that reach it are not cut as its weight is")
             if list(x.partition.indices(rank)) != list(partition.indices(rank)):
                 refuse("the row layer", "the channels that reach it are other ones than its weight's on this rank")
-        y = self._tp_group.sum(self._apply_to(x.local, self._mine("weight"), None))  # type: ignore[arg-type]
+        y = self._tp_group.sum(self._apply_to(x.local, self._mine("weight"), None))
         bias: Any = self.bias
         if bias is None:
             return y

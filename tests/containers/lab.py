@@ -9,10 +9,13 @@ import hashlib
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+
+from tests.launch import apt
 
 ROOT = Path(__file__).parents[2]
 LAB = Path("/tmp/credit-containers")
@@ -34,6 +37,9 @@ graphroot = "{LAB}/storage"
 runroot = "{LAB}/run"
 """,
 }
+
+
+_making_the_base = threading.Lock()
 
 
 class MissingError(Exception):
@@ -64,9 +70,14 @@ def call(*command: str | Path, timeout: float = 900, error: type[Exception] = Mi
     return done.stdout
 
 
-@cache
 def base() -> Path:
-    """The base image's tar file."""
+    """The base image's tar file, which both kinds of images wait for."""
+    with _making_the_base:
+        return _base()
+
+
+@cache
+def _base() -> Path:
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         raise MissingError("only root can install Apptainer and podman, by apt")
     LAB.mkdir(exist_ok=True)
@@ -90,9 +101,12 @@ def base() -> Path:
 
 def _install(*programs: str, more: tuple[str, ...] = ()) -> None:
     missing = [program for program in programs if not shutil.which(program)]
-    if missing:
-        call("apt-get", "-q", "update")
-        call("apt-get", "install", "-y", "-q", "--no-install-recommends", *missing, *more)
+    if not missing:
+        return
+    try:
+        apt.install(*missing, *more)
+    except subprocess.CalledProcessError as error:
+        raise MissingError(f"{error}: {error.stdout[-1500:]}") from None
 
 
 def sources_digest() -> str:
@@ -107,14 +121,16 @@ def sources_digest() -> str:
 
 
 def build(*words: str | Path) -> None:
-    call("containers/build.sh", *words, timeout=1500, error=AssertionError)
+    """Other tests run meanwhile, and some of them have deadlines."""
+    call("nice", "containers/build.sh", *words, timeout=1500, error=AssertionError)
 
 
 def build_sif() -> Path:
     """`containers/build.sh sif`, unless the image of these sources is there."""
     tar = base()
     if not shutil.which("apptainer"):
-        call("bash", Path(__file__).with_name("install-apptainer.sh"))
+        with apt.lock:
+            call("bash", Path(__file__).with_name("install-apptainer.sh"))
     for name in ("/etc/subuid", "/etc/subgid"):  # for --fakeroot
         file = Path(name)
         if "root:" not in (file.read_text() if file.exists() else ""):

@@ -26,9 +26,7 @@ from credit.errors import CreditError, DataError
 from credit.launch.contract import enforce_sampler_contract
 from credit.training.batches import AgreedBatches
 from tests.stores import conf, dataset, write_zarr
-from tests.training.test_parity import curve
-from tests.training.test_resume import on, small
-from tests.training.test_rollout import fields_of
+from tests.training.runs import curve, fields_of, on, small
 
 
 class Probe:

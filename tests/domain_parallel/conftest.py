@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 
@@ -10,4 +11,4 @@ from credit.domain_parallel.thread_ranks import ThreadWorld
 @pytest.fixture(scope="session")
 def threads() -> Callable[[int], ThreadWorld]:
     """threads(n): a world of n ranks that are threads."""
-    return ThreadWorld
+    return cache(ThreadWorld)

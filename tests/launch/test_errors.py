@@ -2,41 +2,65 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
+import signal
 import socket
-import subprocess
 import sys
+import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 import yaml
 
+from credit import cli
 from credit.config import parse_config
 from credit.data.prepare import write_statistics
 from tests.stores import conf, dataset, write_zarr
 
 DEADLINE_S = 240
+_context = multiprocessing.get_context("forkserver")  # the one of tests.ranks, which imports torch ahead
 
 
 def start_ranks(config: Path, size: int, *more: str) -> tuple[list[int], list[str]]:
-    """`credit train` on `size` processes as torchrun would start them; exit codes and stderr of each."""
+    """`credit train` on `size` processes as torchrun would start them; exit codes and stderr of each.
+
+    They are forked from a process that has imported torch already: it takes seconds, and these tests start many.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = []
-    for rank in range(size):
-        given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env = {**os.environ, **{name: str(value) for name, value in given.items()}, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "credit", "train", str(config), *more]
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    try:
-        outputs = [process.communicate(timeout=DEADLINE_S) for process in processes]
-    finally:
+    with TemporaryDirectory(prefix="credit-errors-") as folder:
+        files, processes = [Path(folder, str(rank)) for rank in range(size)], []
+        for rank, file in enumerate(files):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
+            env = {**{name: str(value) for name, value in place.items()}, "MASTER_PORT": str(port)}
+            process = _context.Process(target=_credit, args=(["train", str(config), *more], env, file))
+            process.start()
+            processes.append(process)
+        deadline = time.monotonic() + DEADLINE_S
         for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], [stderr for _, stderr in outputs]
+            process.join(max(deadline - time.monotonic(), 0))
+        late = [process.kill() for process in processes if process.is_alive()]
+        assert not late, f"{len(late)} ranks did not end in {DEADLINE_S} s"
+        return [process.exitcode for process in processes], [file.read_text() for file in files]
+
+
+def _credit(arguments: list[str], env: dict[str, str], errors: Path) -> None:
+    """`python -m credit`, in this process."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # see tests.ranks
+    os.environ.update(env)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    cli.SILENT_S = 0  # it leaves the others time to speak before a launcher ends them, and there is none
+    torch.set_num_threads(1)
+    sys.argv = ["credit", *arguments]
+    runpy.run_module("credit", run_name="__main__", alter_sys=True)
 
 
 def refused(codes: list[int], errors: list[str]) -> str:

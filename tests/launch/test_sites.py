@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from credit.cli import main
-from credit.errors import ConfigError
+from credit.errors import ConfigError, LaunchError
 from credit.launch.sites import load_site, scripts, site_names
 from credit.launch.submission import submit
 
@@ -85,6 +85,14 @@ def test_pbs_is_shown_with_its_command() -> None:
 )
 def test_what_cannot_run_is_not_handed_in(given, message) -> None:
     with pytest.raises(ConfigError, match=message):
+        submit("configs/quickstart.yaml", **given)
+
+
+def test_without_slurm_a_job_is_shown_but_not_handed_in(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    given = {"site": "generic_slurm", "changes": [f"run={tmp_path}"]}
+    assert "#SBATCH --nodes=1" in str(submit("configs/quickstart.yaml", **given, dry_run=True))
+    with pytest.raises(LaunchError, match=r"the scheduler did not take the job: .* No such file .* 'sbatch'"):
         submit("configs/quickstart.yaml", **given)
 
 

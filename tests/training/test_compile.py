@@ -14,8 +14,7 @@ from credit.errors import ConfigError, CreditError
 from credit.launch.job import start_job
 from credit.parallel.fsdp2 import compile_blocks
 from credit.training.train import TrainingRun
-from tests.training.test_parity import curve
-from tests.training.test_resume import on, small, with_transformer
+from tests.training.runs import curve, on, small, with_transformer
 
 
 @pytest.fixture

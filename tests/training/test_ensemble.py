@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import xarray as xr
 
 from credit.config import parse_config
-from credit.errors import ConfigError
+from credit.errors import CheckpointError, ConfigError
 from credit.launch.job import start_job
 from credit.layout import MeshShape
 from credit.models import DOMAIN_CONVERTERS
@@ -21,9 +22,9 @@ from credit.parallel.plan import Planner
 from credit.training.check import model_shape
 from credit.training.forecast import forecast, roll_out
 from credit.training.noise import Noise
-from credit.training.train import TrainingRun, train
-from tests.training.test_parity import curve
-from tests.training.test_resume import interrupted, on, small
+from credit.training.train import TrainingRun
+from tests.ranks import RankError
+from tests.training.runs import curve, interrupted, on, small
 
 MEMBERS = 3
 NOISE = Noise(7, (13, 16), range(13), torch.device("cpu"), torch.float64)
@@ -112,16 +113,20 @@ def test_every_mesh_gives_the_curve_of_one_process(worlds, raw, tmp_path, more, 
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(worlds, raw, tmp_path) -> None:
+    """Bitwise, with its noise and its rollout; and as another rollout not at all."""
     whole, *_ = worlds(2).run(curve, on(raw, tmp_path / "whole", "none", 2))[0]
     cut = on(raw, tmp_path / "cut", "none", 2)
     worlds(2).run(interrupted, cut, 4)
+    other = {**cut, "trainer": {**cut["trainer"], "rollout": 3}}
+    with pytest.raises(RankError, match=r"trainer.rollout was 2 and is 3") as caught:
+        worlds(2).run(curve, other)
+    assert all(isinstance(error, CheckpointError) for error in caught.value.errors.values())
     rest, *_ = worlds(2).run(curve, cut)[0]
     assert rest == whole[3:]
 
 
-def train_and_forecast(raw: dict) -> None:
+def forecast_on(raw: dict) -> None:
     with start_job(lambda: parse_config(raw)) as job:
-        train(job)
         forecast(job)
 
 
@@ -132,9 +137,11 @@ def made(run: Path) -> xr.Dataset:
 
 def test_forecasts_are_those_of_one_process_and_of_the_definition(worlds, raw, tmp_path) -> None:
     raw["trainer"]["learning_rate"] = 0.02
-    train_and_forecast(raw)
+    raw["forecast"]["every"] = 2  # nine members of starts, which are not as many for each of two replicas
+    curve(raw)
+    forecast_on(raw)
     serial = made(tmp_path / "run")
-    assert serial.sizes == {"init_time": 6, "number": MEMBERS, "lead_time": 4, "latitude": 13, "longitude": 16}
+    assert serial.sizes == {"init_time": 3, "number": MEMBERS, "lead_time": 4, "latitude": 13, "longitude": 16}
     assert serial.number.attrs["standard_name"] == "realization"
     assert np.isfinite(serial.to_array()).all()
     assert (serial.b.std("number").mean(("init_time", "latitude", "longitude")) > 0).all()
@@ -149,7 +156,8 @@ def test_forecasts_are_those_of_one_process_and_of_the_definition(worlds, raw, t
             wanted = run.fields.physical(state)[0, 1]
             np.testing.assert_allclose(serial.b[2, member, 3], wanted, rtol=1e-6)
     for size, data, domain in ((4, "fsdp2", 2), (3, "none", 3)):
-        worlds(size).run(train_and_forecast, on(raw, tmp_path / f"{size}", data, domain))
+        shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / f"{size}" / "checkpoints")
+        worlds(size).run(forecast_on, on(raw, tmp_path / f"{size}", data, domain))
         xr.testing.assert_allclose(made(tmp_path / f"{size}"), serial, rtol=1e-6)
 
 

@@ -13,7 +13,7 @@ from credit.data.prepare import write_statistics
 from credit.parallel.checkpoint import list_checkpoints
 from tests.ranks import World
 from tests.stores import conf, dataset, write_zarr
-from tests.training.test_resume import losses_and_weights, on
+from tests.training.runs import losses_and_weights, on
 
 KILLS, STEPS = 30, 50
 

@@ -14,8 +14,7 @@ from credit.data.store import Channel
 from credit.domain_parallel.partition import Partition
 from credit.errors import ConfigError
 from credit.training.loss import LatitudeWeightedLoss, zonal_amplitudes
-from tests.training.test_parity import curve
-from tests.training.test_resume import on, small
+from tests.training.runs import curve, on, small
 
 CHANNELS = [Channel("t2m"), Channel("z", 500.0), Channel("z", 850.0)]
 WEIGHTS = {"variables": {"z": 2.0}, "levels": {500.0: 3.0, 850.0: 0.25}}

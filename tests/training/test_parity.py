@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from credit.config import parse_config
-from credit.launch.job import start_job
-from credit.training.train import train
+from tests.training.runs import curve
 
 STEPS = 20
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
@@ -44,13 +42,6 @@ def conf(run: Path, domain: int = 1, data: str = "none", dtype: str = "float32",
         },
         "forecast": {"lead": "14h"},
     }
-
-
-def curve(raw: dict[str, Any]) -> tuple[list[float], float | None, list[float]]:
-    """(loss of each step, last validation loss, gradient norm of each step), as this rank sees them."""
-    with start_job(lambda: parse_config(raw)) as job:
-        trained = train(job)
-    return trained.losses, trained.valid_loss, trained.gradient_norms
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,8 @@ import yaml
 from torch import Tensor
 
 from credit.config import parse_config
-from credit.data.dataset import Fields, StepDataset
-from credit.data.prepare import load_fields_statistics, store_path
+from credit.data.dataset import StepDataset
 from credit.data.sampler import Draw
-from credit.data.store import FieldStore
 from credit.errors import CheckpointError, DataError
 from credit.launch.job import start_job
 from credit.training.forecast import roll_out
@@ -20,8 +18,7 @@ from credit.training.preflight import preflight
 from credit.training.rollout import changes
 from credit.training.train import TrainingRun, train
 from tests.ranks import RankError
-from tests.training.test_parity import curve
-from tests.training.test_resume import interrupted, on, small, with_transformer
+from tests.training.runs import curve, fields_of, interrupted, on, small, with_transformer
 
 STEPS = 3
 
@@ -31,12 +28,6 @@ def raw(tmp_path) -> dict:
     given = small(tmp_path)
     given["trainer"].update(rollout=STEPS, epochs=1)
     return given
-
-
-def fields_of(raw: dict, rows: range = range(13)) -> Fields:
-    config = parse_config(raw)
-    store = FieldStore(store_path(config))
-    return Fields(config, store, load_fields_statistics(config, store), rows)
 
 
 def test_a_perfect_model_is_given_the_true_state_and_forcings_of_every_step(raw) -> None:

@@ -14,9 +14,9 @@ from credit.config import parse_config
 from credit.data.prepare import write_statistics
 from credit.data.store import FieldStore
 from credit.training.score import FIELDS, FORECASTS, Scores, score, zonal_power
+from tests.pictures import assert_not_blank
 from tests.ranks import RankError
 from tests.stores import conf, dataset, write_zarr
-from tests.test_quickstart import assert_not_blank
 
 STARTS, LEADS, TRAINED = np.array([30, 32, 34, 35]), 4, 24
 CHANNELS = {"b": ("b", None), "c_500": ("c", 500.0), "c_850": ("c", 850.0)}
@@ -145,6 +145,11 @@ def ensemble(raw, tmp_path_factory) -> dict:
     return {**raw, "run": str(run), "data": {**raw["data"], "stats": str(Path(raw["run"]) / "stats.nc")}}
 
 
+@pytest.fixture(scope="module")
+def of_ensemble(ensemble) -> Scores:
+    return score(parse_config(ensemble))
+
+
 def members_of(ensemble: dict, channel: str, lead: int) -> xr.DataArray:
     variable, level = CHANNELS[channel]
     with xr.open_zarr(Path(ensemble["run"]) / "forecast.zarr", consolidated=False) as forecasts:
@@ -154,10 +159,9 @@ def members_of(ensemble: dict, channel: str, lead: int) -> xr.DataArray:
 
 
 @pytest.mark.parametrize("channel", CHANNELS)
-def test_scores_of_an_ensemble_are_those_of_the_scores_library(raw, ensemble, channel) -> None:
+def test_scores_of_an_ensemble_are_those_of_the_scores_library(raw, ensemble, of_ensemble, channel) -> None:
     """RMSE and bias are of its mean, CRPS is the fair one; spread by its formula, power by members."""
-    library = pytest.importorskip("scores")
-    found = score(parse_config(ensemble))
+    library, found = pytest.importorskip("scores"), of_ensemble
     assert found.members == MEMBERS
     weight, column = xr.DataArray(area(raw), dims="latitude"), found.channels.index(channel)
     for lead in (0, 3):
@@ -186,9 +190,8 @@ def test_of_one_state_the_crps_is_the_absolute_error_and_there_is_no_spread(raw,
     assert found.members == 1
 
 
-def test_what_is_shown_of_an_ensemble(ensemble, capsys) -> None:
-    config = parse_config(ensemble)
-    found = score(config)
+def test_what_is_shown_of_an_ensemble(ensemble, of_ensemble, capsys) -> None:
+    config, found = parse_config(ensemble), of_ensemble
     _show_scores(config, found)
     table = capsys.readouterr().out.splitlines()
     assert table[0].endswith("CRPS model persistence   spread")

@@ -20,8 +20,7 @@ from credit.training.preflight import preflight
 from credit.training.profile import Profile
 from credit.training.train import train
 from tests.ranks import RankError
-from tests.training.test_parity import curve
-from tests.training.test_resume import interrupted, on, small
+from tests.training.runs import curve, interrupted, on, small
 
 
 @pytest.fixture

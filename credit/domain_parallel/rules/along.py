@@ -17,7 +17,7 @@ from credit.domain_parallel.reshard import other_axis, reshard, whole
 from credit.domain_parallel.rules.pointwise import align, pointwise, result
 from credit.domain_parallel.rules.reductions import amax, amin, axes_of, drop
 from credit.domain_parallel.rules.views import roll
-from credit.domain_parallel.slab import RULES, Slab, is_slab, parts_of, refuse, rule, torch_functions
+from credit.domain_parallel.slab import RULES, Slab, either, is_slab, parts_of, refuse, rule, torch_functions
 
 
 def elsewhere(function: Callable[[Tensor], Any], x: Slab, axes: Sequence[int]) -> Any:
@@ -171,7 +171,7 @@ for _func in (torch.fft.fftshift, torch.fft.ifftshift):
 
 @rule("cosine_similarity")
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Any:
-    like = x1 if is_slab(x1) else x2
+    like = either(x1, x2)
     if dim % like.ndim == like.cut:
         cut = other_axis(like, (dim % like.ndim,))
         if cut is None:
@@ -199,7 +199,7 @@ def unfold(x: Slab, dimension: int, size: int, step: int) -> Any:
 def gather(x: Tensor, dim: int, index: Tensor, **kwargs: Any) -> Any:
     if isinstance(dim, Tensor):
         dim, index = index, dim
-    like = x if is_slab(x) else index
+    like = either(x, index)
     if dim % like.ndim != like.cut and is_slab(x):
         return like.like(torch.gather(x.local, dim, align(index, like)))
     return torch.gather(whole(x), dim, whole(index))

@@ -9,9 +9,28 @@ import torch
 from credit.domain_parallel.slab import RULES, Slab, is_slab, refuse, rule, torch_functions
 
 # Read off the slab itself, which has the shape of the whole.
-_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta")
+_ATTRIBUTES: tuple[str, ...] = (
+    "shape",
+    "dtype",
+    "device",
+    "ndim",
+    "layout",
+    "requires_grad",
+    "is_cuda",
+    "is_cpu",
+    "is_meta",
+)
 _ATTRIBUTES += ("is_sparse", "is_quantized", "is_mkldnn", "is_nested", "is_mps", "is_xpu", "itemsize", "nbytes")
-_METHODS = ("size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "element_size")
+_METHODS: tuple[str, ...] = (
+    "size",
+    "dim",
+    "numel",
+    "nelement",
+    "ndimension",
+    "is_floating_point",
+    "is_complex",
+    "element_size",
+)
 _METHODS += ("get_device", "__len__", "is_inference", "is_signed", "stride", "storage_offset")
 
 for _name in _ATTRIBUTES:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from credit.domain_parallel.reshard import AllSum, cut_along, reshard, whole
 from credit.domain_parallel.rules.pointwise import align, pointwise, result
-from credit.domain_parallel.slab import COMPOSITE, RULES, Slab, is_slab, refuse, rule
+from credit.domain_parallel.slab import COMPOSITE, RULES, Slab, either, is_slab, refuse, rule
 
 
 def contract(func: Any, operands: list[Tensor], letters: list[str], out: str) -> Any:
@@ -77,7 +77,7 @@ def tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: None = None) -> Any:
 
 
 @rule("F.linear")
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+def linear(input: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
     if is_slab(weight) or is_slab(bias):
         refuse("a linear layer whose weight is a field", "it has no rule")
     if input.cut < input.ndim - 1:
@@ -89,7 +89,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
 
 @rule("bilinear")
 def bilinear(x1: Tensor, x2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    like = x1 if is_slab(x1) else x2
+    like = either(x1, x2)
     if like.cut == like.ndim - 1:
         refuse("bilinear over the cut axis", "it has no rule")
     return like.like(F.bilinear(align(x1, like), align(x2, like), weight, bias))
@@ -166,7 +166,7 @@ def _mask(mask: Tensor | None, query: Slab, axis: int) -> Tensor | None:
     return mask if mask is None else _batch_part(mask, query, axis)
 
 
-def run_body(func: types.FunctionType) -> types.FunctionType:
+def run_body(func: Any) -> types.FunctionType:
     """`func`, a torch function written in Python, without its first lines that hand over to slabs.
 
     What its body calls is then met one by one.

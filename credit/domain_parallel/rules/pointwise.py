@@ -11,7 +11,7 @@ from torch import Tensor
 
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import cut_along, own, whole
-from credit.domain_parallel.slab import ASSIGN, RULES, Slab, is_slab, refuse, rule, torch_functions
+from credit.domain_parallel.slab import ASSIGN, RULES, Slab, getter, is_slab, refuse, rule, torch_functions
 
 UNARY = """
 abs absolute acos acosh angle arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh bitwise_not ceil
@@ -132,7 +132,7 @@ for _name in (*UNARY.split(), *BINARY.split()):
 for _name in IN_PLACE.split():
     for _func in torch_functions(_name):
         RULES[_func] = in_place(_func)
-for _getter in (torch.Tensor.real.__get__, torch.Tensor.imag.__get__, torch.Tensor.data.__get__):
+for _getter in map(getter, ("real", "imag", "data")):
     RULES[_getter] = pointwise(_getter)
 
 

@@ -202,7 +202,7 @@ def interpolate(
 ) -> Any:
     """Separable: the other axes by torch (this one at scale 1), then this one by its taps."""
     spatial, axis = input.ndim - 2, input.cut - 2
-    options = {"align_corners": align_corners, "recompute_scale_factor": recompute_scale_factor}
+    options: dict[str, Any] = {"align_corners": align_corners, "recompute_scale_factor": recompute_scale_factor}
     if antialias:
         options["antialias"] = True
     if axis < 0:
@@ -211,8 +211,8 @@ def interpolate(
     scales = None if scale_factor is None else _floats(scale_factor, spatial)
     taps = _taps(
         input.shape[input.cut],
-        sizes and sizes[axis],
-        scales and scales[axis],
+        None if sizes is None else sizes[axis],
+        None if scales is None else scales[axis],
         mode,
         spatial,
         axis,

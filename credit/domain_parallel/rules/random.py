@@ -21,7 +21,7 @@ def _whole_like(x: Slab, shape: tuple[int, ...]) -> Tensor:
     local = x.local
     order = list(range(x.ndim))
     if not local.is_contiguous():
-        order.sort(key=lambda axis: -local.stride(axis))
+        order.sort(key=lambda axis: -local.stride()[axis])
     return torch.empty_permuted(shape, order, dtype=x.dtype, device=x.device)
 
 
@@ -58,8 +58,8 @@ def _drawn_like(func: Any) -> Any:
     return call
 
 
-for _func in (torch.rand_like, torch.randn_like, torch.randint_like):
-    RULES[_func] = _drawn_like(_func)
+for _draw in (torch.rand_like, torch.randn_like, torch.randint_like):
+    RULES[_draw] = _drawn_like(_draw)
 
 
 def _filled(name: str) -> Any:

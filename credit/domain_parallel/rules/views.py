@@ -19,7 +19,7 @@ from credit.domain_parallel.partition import Partition, Rows, make_plan
 from credit.domain_parallel.regroup import regroup
 from credit.domain_parallel.reshard import cut_along, recut, reshard, select, whole
 from credit.domain_parallel.rules.pointwise import align, lead, result, updated, writable
-from credit.domain_parallel.slab import RULES, Slab, is_slab, parts_of, rank_of, refuse, rule
+from credit.domain_parallel.slab import RULES, Slab, getter, is_slab, parts_of, rank_of, refuse, rule
 
 
 def _sizes(shape: tuple) -> tuple[int, ...]:
@@ -119,8 +119,8 @@ def _t(x: Slab) -> Slab:
     return transpose(x, -2, -1) if x.ndim > 1 else x
 
 
-RULES.update({torch.t: _t, torch.Tensor.t: _t, torch.Tensor.T.__get__: lambda x: permute(x, range(x.ndim)[::-1])})
-RULES.update({torch.Tensor.mT.__get__: _t, torch.adjoint: _t})
+RULES.update({torch.t: _t, torch.Tensor.t: _t, getter("T"): lambda x: permute(x, range(x.ndim)[::-1])})
+RULES.update({getter("mT"): _t, torch.adjoint: _t})
 
 
 @rule("expand", "broadcast_to")

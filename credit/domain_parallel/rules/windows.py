@@ -58,7 +58,8 @@ def conv(
         return input.like(convolve(input.local, weight, bias, stride, padding, dilation, groups))
     if axis == -1 and is_dealt_evenly(input, groups):
         target = Partition(weight.shape[0], parts_of(input))
-        weight, bias = (w if w is None else part(w, 0, target, rank_of(input)) for w in (weight, bias))
+        weight = part(weight, 0, target, rank_of(input))
+        bias = bias if bias is None else part(bias, 0, target, rank_of(input))
         y = convolve(input.local, weight, bias, stride, padding, dilation, groups // parts_of(input))
         return input.like(y, partition=target)
     if axis < 0:
@@ -73,7 +74,9 @@ def conv(
     if list(before) == list(after) and keeps_rows(window, input.partition):
         geometry = (stride, list(before), dilation, groups)
         return conv_in_place(input, weight, bias, geometry, window)
-    x, target = fetch(input, window)
+    found = fetch(input, window)
+    assert found is not None, "there are enough rows"
+    x, target = found
     before, after = with_axis(before, axis, 0), with_axis(after, axis, 0)
     if before != after:
         x = F.pad(x, [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair])
@@ -172,6 +175,6 @@ def conv_transpose(
     if min(before, after) >= 0:
         return input.like(y.narrow(input.cut, before, len(plan.out)), partition=target)
     y = F.pad(y, [0, 0] * (input.ndim - 1 - input.cut) + [-before, -after])
-    if late:
+    if late and bias is not None:
         y = y + bias.view(-1, *[1] * axes)
     return input.like(y, partition=target)

@@ -1,0 +1,167 @@
+"""How tests start what is in the images, and what they compare it with."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import pytest
+
+from tests.containers import lab
+from tests.launch import cluster
+from tests.launch.stories import is_gone
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+HOME = Path(f"/home/{lab.USER}")
+DEADLINE_S = 300
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+CONFIG = "configs/quickstart.yaml"
+TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m"]
+# Hydra would kill the other ranks at the first that fails, and then wait for the helpers that mounted their images.
+MPIEXEC = [BIN / "mpiexec", "-disable-auto-cleanup"]
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None, **more: str) -> subprocess.CompletedProcess:
+    """stdout and stderr together; what is still there after the deadline is killed with all it started."""
+    return subprocess.run(
+        ["timeout", "--kill-after=10", str(DEADLINE_S), *map(str, command)],
+        cwd=ROOT,
+        env={**(os.environ if env is None else env), **ONE_THREAD, **more},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def as_user(*command: str | Path, **more: str) -> subprocess.CompletedProcess:
+    """As an ordinary user, without anything of this environment but what is given."""
+    env = {"HOME": str(HOME), "PATH": "/usr/bin:/bin", **more}
+    return run(shutil.which("runuser") or "runuser", "-u", lab.USER, "--", *command, env=env)
+
+
+def in_sif(sif: Path, *words: str | Path, options: Sequence[str | Path] = ()) -> list[str | Path]:
+    return ["apptainer", "--silent", "exec", *options, sif, *words]
+
+
+def apptainer(
+    sif: Path, *words: str | Path, options: Sequence[str | Path] = (), **more: str
+) -> subprocess.CompletedProcess:
+    return as_user(*in_sif(sif, *words, options=options), **more)
+
+
+def podman_run(oci: str, *options: str | Path, entrypoint: str = "credit") -> list[str]:
+    """The command up to the image; the words for `entrypoint` follow."""
+    options = ("--entrypoint", entrypoint, *map(str, options))
+    return ["podman", "run", "--rm", "--no-healthcheck", "--volume", f"{ROOT}:/work:ro", *options, oci]
+
+
+def podman(
+    oci: str, *words: str | Path, entrypoint: str = "credit", options: Sequence[str | Path] = ()
+) -> subprocess.CompletedProcess:
+    return run(*podman_run(oci, *options, entrypoint=entrypoint), *words, env=lab.environment())
+
+
+def train_bare(folder: Path) -> None:
+    """The quickstart on two ranks without a container, on ten days and with half of the channels, into `bare`."""
+    done = run(*[BIN / "torchrun", *TORCHRUN[1:]], "credit", "train", CONFIG, *shorter(folder / "bare", "demo"))
+    assert done.returncode == 0, done.stdout
+    (folder / "stats.nc").write_bytes((folder / "bare" / "stats.nc").read_bytes())
+
+
+def shorter(run_directory: Path, path: str | Path = "") -> list[str]:
+    """The options of such a quickstart, of the bare run's data by default."""
+    data = path or run_directory.parent / "bare" / "demo.zarr"
+    changes = [f"run={run_directory}", f"data.path={data}", "data.train=[2011-01-15, 2011-01-25]", "trainer.epochs=1"]
+    changes += ["data.valid=[2011-05-15, 2011-05-16]", "model.width=8"]
+    if not path:
+        changes += [f"data.stats={run_directory.parent / 'stats.nc'}"]
+    return [word for change in changes for word in ("--set", change)]
+
+
+def slowly(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Options and environment of a quickstart that sleeps most of the time: its model is let in from outside."""
+    (folder / "let_in").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "tests/launch/slow.py", folder / "let_in")
+    env = {"APPTAINERENV_PYTHONPATH": str(folder / "let_in"), "APPTAINERENV_CREDIT_TEST_STEP_S": "0.1"}
+    return ["--set", "model.name=slow.SlowUNet"], env
+
+
+def losses(folder: Path) -> list[str]:
+    with (folder / "log.csv").open(newline="") as stream:
+        return [row["loss"] for row in csv.DictReader(stream)]
+
+
+def same_losses(bare: Path, folder: Path, ranks: int = 2) -> None:
+    """To the last digit on as many ranks, and to rounding in float32 on others."""
+    wanted, found = losses(bare / "bare"), losses(folder)
+    assert len(wanted) == 4
+    if ranks == 2:
+        assert found == wanted
+    else:
+        assert list(map(float, found)) == pytest.approx(list(map(float, wanted)), rel=1e-4)
+
+
+def on_slurm(sif: Path, bare: Path) -> tuple[subprocess.CompletedProcess, str]:
+    """A batch job on two nodes, by a site's script; and what it printed."""
+    out = bare / "sbatch.log"
+    nodes = ["-N2", "--ntasks-per-node=1", "-n2", f"--output={out}"]
+    env = {**cluster.env(), "CREDIT_IMAGE": str(sif), "GLOO_SOCKET_IFNAME": "", "APPTAINER_USERNS": "1"}
+    words = [*nodes, "hpc/derecho.sh", CONFIG, *shorter(bare / "sbatch")]
+    done = cluster.sbatch(*words, env=env | ONE_THREAD, cwd=ROOT)
+    return done, out.read_text()
+
+
+def submitted(sif: Path, bare: Path) -> str:
+    """submitit inside the image; stopped by the clock, requeued from outside, where scontrol is. The job's log."""
+    folder = bare / "submitted"
+    slow, more = slowly(bare)
+    env = {**cluster.env(), "GLOO_SOCKET_IFNAME": "", "APPTAINER_USERNS": "1", "CREDIT_STOP_BEFORE": "60", **more}
+    options = [*shorter(folder), *slow, "--set", "trainer.epochs=200", "--set", "trainer.checkpoint_every=1000"]
+    where = ["--site", "generic_slurm", "--nodes", "2", "--ranks-per-node", "1", "--time", "0:02:00"]
+    done = run(BIN / "credit", "submit", CONFIG, *options, *where, "--container", sif, env=env)
+    job = re.match(r"job (\d+)", done.stdout)
+    assert job is not None, done.stdout
+
+    def log() -> str:
+        return "".join(one.read_text() for one in (folder / "jobs").glob(f"{job[1]}_0_log.*"))
+
+    lab.until(lambda: "resuming from" in log() or is_gone(job[1]), "the job goes on")
+    run("scancel", job[1], env=env)
+    return log()
+
+
+def under_srun(oci: str, bare: Path) -> subprocess.CompletedProcess:
+    env = {**cluster.env(), **lab.environment(), "GLOO_SOCKET_IFNAME": ""}
+    seen = ("--network", "host", "--env", "SLURM_*", "--env", "OMP_NUM_THREADS", "--volume", f"{bare}:{bare}")
+    words = ["-m", "credit", "train", CONFIG, *shorter(bare / "oci-srun")]
+    return run("srun", "-N2", "--ntasks-per-node=1", *podman_run(oci, *seen, entrypoint="python"), *words, env=env)
+
+
+def two_apart(sif: Path, bare: Path) -> subprocess.CompletedProcess:
+    """Two ranks as `mpiexec apptainer exec --containall` starts them: no variables, no processes of the host to look
+    at. The one that gives up first."""
+    slow, env = slowly(bare)
+    alone = [*shorter(bare / "alone"), *slow, "--set", "trainer.parallelism.domain=1", "--set", "trainer.epochs=400"]
+    options = ("--containall", "--pwd", str(ROOT), "--bind", f"{ROOT},{bare}")
+    with ThreadPoolExecutor() as both:
+        words = ["credit", "train", CONFIG, *alone]
+        ranks = [both.submit(apptainer, sif, *words, options=options, **env) for _ in range(2)]
+        first = next(as_completed(ranks)).result()
+        call = ["pkill", "-u", lab.USER, "-f", f"credit train .*run={bare / 'alone'} "]
+        assert run(*call).returncode == 0
+    return first
+
+
+def with_other_mpi(folder: Path, package: str) -> Path | None:
+    """An environment with another MPI; None if it cannot be installed here."""
+    commands = [[sys.executable, "-m", "venv", folder], [folder / "bin/pip", "-q", "install", package]]
+    return None if any(run(*command).returncode for command in commands) else folder

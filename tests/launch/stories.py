@@ -1,0 +1,91 @@
+"""Trainings that something happens to. They sleep most of the time, see `SlowUNet`: they are run beside other work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+from tests.launch import cluster
+from tests.launch.jobs import DEADLINE_S, PYTHON, ROOT, environment, ranks_of, run, state, steps_done, until
+
+SLOW = ["--set", "model.name=tests.launch.slow.SlowUNet"]
+EPOCHS, STEPS = 40, 200
+LONG = [*SLOW, "--set", f"trainer.epochs={EPOCHS}", "--set", "trainer.checkpoint_every=10"]
+STEP_S = 0.1
+"""Of a run that is to be interrupted by hand: all its steps take 20 s and more."""
+TWO_NODES = ["-N2", "-n2", "--ntasks-per-node=1"]
+
+
+def train(base: Path, folder: Path) -> subprocess.CompletedProcess:
+    """The long run, or what is left of it, at full speed."""
+    return run("srun", *TWO_NODES, PYTHON, "-m", "credit", "train", base, "--set", f"run={folder}", *LONG)
+
+
+def submitted(base: Path, folder: Path, step_s: float, *options: str, **env: str) -> str:
+    """Hand the long run in; the job's number."""
+    more = [*TWO_NODES, f"--output={folder}/job.log", *options]
+    words = ["hpc/generic_slurm.sh", base, "--set", f"run={folder}", *LONG]
+    done = run("sbatch", "--parsable", *more, *words, CREDIT_TEST_STEP_S=f"{step_s:.4f}", **env)
+    assert done.returncode == 0, done.stdout
+    return done.stdout.strip()
+
+
+def is_gone(job: str) -> bool:
+    """From Slurm's queue."""
+    return not run("squeue", "-h", "-j", job).stdout.strip().startswith(job)
+
+
+def reach_the_time_limit(base: Path, folder: Path, startup_s: float) -> str:
+    """Two minutes, of which some seconds are used; the job chains itself. Its log."""
+    used = min(2 * startup_s + 5, 110)
+    job = submitted(base, folder, used / STEPS, "--time=2", CREDIT_STOP_BEFORE=f"{120 - used:.0f}")
+    until(lambda: state(folder) == "finished" or is_gone(job), "the epochs are done", 2 * DEADLINE_S)
+    assert state(folder) == "finished", (folder / "job.log").read_text()
+    return (folder / "job.log").read_text()
+
+
+def suffer(base: Path, folder: Path) -> str:
+    """First `scontrol requeue`; then the second node dies with all its processes, and Slurm starts the job again; then
+    `scancel`, at which it saves; and the same command goes on to the end. What that one printed."""
+    job = submitted(base, folder, STEP_S, "--partition=frail")
+    until(lambda: steps_done(folder) > 10, "steps are done")
+    run("scontrol", "requeue", job)
+    goes_on(folder, starts=2)
+    nodes = run("scontrol", "show", "hostnames", run("squeue", "-h", "-j", job, "-o", "%N").stdout.strip())
+    second = nodes.stdout.split()[1]
+    cluster.crash_node(second)
+    try:
+        goes_on(folder, starts=3)
+    finally:
+        cluster.start_node(second)
+    run("scancel", job)
+    until(lambda: state(folder) == "stopped", "the job has saved", 30)
+    until(lambda: is_gone(job), "the job is gone", 30)
+    return train(base, folder).stdout
+
+
+def goes_on(folder: Path, starts: int) -> None:
+    """Wait until the job resumes, as the `starts`-th of its starts, and does more steps than it had done."""
+    before = steps_done(folder)
+    resumed = starts - 1
+    until(lambda: (folder / "job.log").read_text().count("resuming from") == resumed, "the job resumes")
+    until(lambda: steps_done(folder) > before, "more steps are done")
+    assert state(folder) == "running"
+
+
+def lose_a_rank(base: Path, folder: Path, how: signal.Signals) -> tuple[int, str]:
+    """The second of two; srun's exit code, and all that was printed."""
+    options = [*SLOW, "--set", "trainer.epochs=1000", "--set", f"run={folder}", "--set", "trainer.timeout=10"]
+    with (folder / "out").open("w") as out:
+        job = subprocess.Popen(
+            ["srun", "-w", "n0,n1", *TWO_NODES, "--wait=3", PYTHON, "-m", "credit", "train", str(base), *options],
+            **{"stdout": out, "stderr": out, "cwd": ROOT, "env": environment(CREDIT_TEST_STEP_S=str(STEP_S))},
+        )
+    until(lambda: steps_done(folder) > 10, "steps are done")
+    second = [pid for pid in ranks_of(folder) if b"SLURM_PROCID=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    assert len(second) == 1
+    os.kill(second[0], how)
+    code = job.wait(60)  # the peers' timeout, their roll call, and srun's wait: 10 + 10 + 3
+    return code, (folder / "out").read_text()
