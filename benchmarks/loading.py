@@ -14,19 +14,36 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import xarray as xr
 
 from credit.config import parse_config
 from credit.data.prepare import write_statistics
 from credit.launch.job import start_job
 from credit.training.train import train
-from tests.stores import dataset
 
 STATES, GRID, LEVELS, FIRST = 96, (181, 360), tuple(range(100, 1001, 100)), 4
 
 
+def waves() -> xr.Dataset:
+    """Fields `a`, `b` and, on LEVELS, `c`, 6-hourly: waves that move east."""
+    latitude, longitude = np.linspace(90, -90, GRID[0]), np.arange(GRID[1]) * 360 / GRID[1]
+    phase = np.deg2rad(longitude)[None, None, :] - 0.3 * np.arange(STATES)[:, None, None]
+    envelope = np.cos(np.deg2rad(latitude))[None, :, None]
+    a = (10 + envelope * np.sin(2 * phase)).astype(np.float32)
+    b = (270 + 20 * envelope + envelope * np.cos(3 * phase)).astype(np.float32)
+    factor = np.arange(1, len(LEVELS) + 1, dtype=np.float32)[:, None, None]
+    dims = ("time", "latitude", "longitude")
+    fields = {"a": (dims, a), "b": (dims, b), "c": (("time", "level", *dims[1:]), a[:, None] * factor)}
+    time = np.datetime64("2020-01-01", "ns") + np.arange(STATES) * np.timedelta64(6, "h")
+    return xr.Dataset(
+        fields, {"time": time, "latitude": latitude, "longitude": longitude, "level": [float(p) for p in LEVELS]}
+    )
+
+
 def write_store(path: Path) -> None:
-    data = dataset(STATES, GRID, LEVELS)
+    data = waves()
     encoding = {"c": {"chunks": (1, len(LEVELS), *GRID)}, "a": {"chunks": (1, *GRID)}, "b": {"chunks": (1, *GRID)}}
     data.to_zarr(path, mode="w", consolidated=False, encoding=encoding)
 
