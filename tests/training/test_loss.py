@@ -13,7 +13,7 @@ from credit.data.grid import Grid
 from credit.data.store import Channel
 from credit.domain_parallel.partition import Partition
 from credit.errors import ConfigError
-from credit.training.loss import LatitudeWeightedLoss, zonal_amplitudes
+from credit.training.loss import NO_WAVE, LatitudeWeightedLoss, zonal_amplitudes
 from tests.training.runs import curve, on, small
 
 CHANNELS = [Channel("t2m"), Channel("z", 500.0), Channel("z", 850.0)]
@@ -53,7 +53,10 @@ def written_out(options: Loss, on: Grid, prediction: np.ndarray, target: np.ndar
     small = error <= options.delta
     huber = np.where(small, error**2 / 2, options.delta * (error - options.delta / 2))
     of_cells = {"mse": error**2, "mae": error, "huber": huber, "crps": crps}[options.kind].mean(axis=-1)
-    waves = [np.abs(np.fft.fft(field)) / field.shape[-1] for field in (prediction, target)]
+    wave, longitudes = np.arange(target.shape[-1]), target.shape[-1]
+    without_conjugate = (wave == 0) | (2 * wave == longitudes)
+    no_wave = NO_WAVE**2 / np.where(without_conjugate, 1, 2)
+    waves = [np.sqrt(np.abs(np.fft.fft(field) / longitudes) ** 2 + no_wave) for field in (prediction, target)]
     amplitudes = ((waves[0] - waves[1]) ** 2).sum(axis=-1)  # of both the wave and its conjugate
     of_rows = of_cells + options.spectral * amplitudes
     channel = np.array([options.variables.get(c.variable, 1) * options.levels.get(c.level, 1) for c in CHANNELS])
