@@ -24,7 +24,8 @@ from credit.domain_parallel.manager import (
     get_domain_parallel_manager,
     initialize_domain_parallel,
 )
-from credit.domain_parallel.parity import ParityReport, verify_parity
+from credit.domain_parallel.parity import verify_parity
+from credit.domain_parallel.parity_report import ParityReport
 from credit.domain_parallel.sharding import gather_tensor, reshard_tensor, shard_batch, shard_tensor
 
 __all__ = [
