@@ -36,7 +36,7 @@ era5: RANKS = 2
 era5: quickstart
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not cluster'
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-cluster: $(VENV)/.installed
 	$(BIN)/pytest -m 'not slow and cluster' tests/launch tests/containers

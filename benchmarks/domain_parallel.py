@@ -33,7 +33,6 @@ from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
 from credit.config import load_config
 from credit.domain_parallel import DomainParallelManager, convert_to_domain_parallel, layers, shard_tensor
-from credit.domain_parallel.manager import Traffic
 from credit.domain_parallel.rules import windows
 from credit.models import DOMAIN_CONVERTERS, build_model
 from credit.models.unet import UNet
@@ -124,7 +123,7 @@ def row(case: str, variant: str, manager: DomainParallelManager, repeats: int, s
     sharded, shard = variant_of(variant, plain, x.detach(), manager)
     shard = shard.requires_grad_()
     step(sharded, shard)
-    manager.traffic = Traffic()
+    manager.traffic.reset()
     step(sharded, shard)
     sent = manager.traffic.bytes / 1e6 if variant != "dtensor" else float("nan")
     times: dict[str, list[tuple[float, float]]] = {"alone": [], "crowd": [], "sharded": []}

@@ -66,7 +66,8 @@ def compare(size: int, rounds: int, times: int) -> None:
                 pipe.send(times)
             return max(pipe.recv() for pipe in ours)
 
-        on_processes(1), parities(1, None, size)
+        on_processes(1)
+        parities(1, None, size)
         seconds = [(on_processes(times), parities(times, None, size)) for _ in range(rounds)]
         for pipe in ours:
             pipe.send(0)

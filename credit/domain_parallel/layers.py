@@ -9,6 +9,8 @@ gives this rank's rows of the result. With one domain rank or no manager it is t
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,14 +31,12 @@ from credit.domain_parallel.root import Border
 from credit.domain_parallel.rules.windows import CONV, conv_in_place, fetch, pads_of, per_axis, share_halo
 from credit.domain_parallel.slab import Slab, inside_model, is_inside_model
 
-_COMBINED: dict[tuple[type, type], type] = {}
+
+def _combine(layer: type, plain: type) -> type:
+    return type(f"DomainParallel{plain.__name__}", (layer, plain), {"_layer": layer, "_plain": plain})
 
 
-def _combined(layer: type, plain: type) -> type:
-    if (layer, plain) not in _COMBINED:
-        attributes = {"_layer": layer, "_plain": plain}
-        _COMBINED[layer, plain] = type(f"DomainParallel{plain.__name__}", (layer, plain), attributes)
-    return _COMBINED[layer, plain]
+_combined: Callable[[type, type], type] = cache(_combine)
 
 
 def _rebuild(layer: type, plain: type) -> nn.Module:

@@ -11,34 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from credit.domain_parallel.groups import Alone, ProcessRanks, RankGroup, Traffic, device_type
 
-
-class RankState:
-    """What belongs to a rank, be it a process or a thread.
-
-    Attributes:
-        manager: the one that layers use when none is given.
-    """
-
-    manager: DomainParallelManager | None = None
-
-
-_process = RankState()
+_manager: DomainParallelManager | None = None
 _thread = threading.local()
-
-
-def _state() -> RankState:
-    return getattr(_thread, "state", _process)
-
-
-@contextmanager
-def as_rank(state: RankState) -> Iterator[RankState]:
-    """While it lasts, this thread is a rank of its own."""
-    before = _state()
-    _thread.state = state
-    try:
-        yield state
-    finally:
-        _thread.state = before
+"""Has a `manager` of its own while the thread is a rank."""
 
 
 class DomainParallelError(RuntimeError):
@@ -90,14 +65,13 @@ class DomainParallelManager:
         self.world_size = world_size
         self.domain_parallel_size = domain_size
         self.shard_dim = shard_dim
-        self.group: RankGroup
         self.data_parallel_size = mesh["dp"].size() if mesh is not None and "dp" in names else 1
         self._domain_rank = mesh.get_local_rank("domain") if mesh is not None and "domain" in names else 0
         self._dp_rank = mesh.get_local_rank("dp") if mesh is not None and "dp" in names else 0
         self._domain_group_idx = dist.get_rank() // domain_size if mesh is not None else 0
         self._domain_group = mesh.get_group("domain") if mesh is not None and "domain" in names else None
         self._dp_group = mesh.get_group("dp") if mesh is not None and "dp" in names else None
-        self.group = ProcessRanks(self._domain_group) if self._domain_group is not None else Alone()
+        self.group: RankGroup = ProcessRanks(self._domain_group) if self._domain_group is not None else Alone()
 
     @classmethod
     def of_group(cls, group: RankGroup, shard_dim: int = -2) -> DomainParallelManager:
@@ -183,10 +157,24 @@ def initialize_domain_parallel(
 
 def set_domain_parallel_manager(manager: DomainParallelManager) -> DomainParallelManager:
     """Make `manager` (built from a mesh, say) the one that layers use when none is given."""
-    _state().manager = manager
+    global _manager
+    if hasattr(_thread, "manager"):
+        _thread.manager = manager
+    else:
+        _manager = manager
     return manager
+
+
+@contextmanager
+def as_rank(manager: DomainParallelManager) -> Iterator[None]:
+    """While it lasts, this thread is a rank by itself, with that manager."""
+    _thread.manager = manager
+    try:
+        yield
+    finally:
+        del _thread.manager
 
 
 def get_domain_parallel_manager() -> DomainParallelManager | None:
     """The manager set last by `initialize_domain_parallel`, or None."""
-    return _state().manager
+    return getattr(_thread, "manager", _manager)

@@ -60,7 +60,7 @@ def verify_parity(
     Compared are outputs, gradients of inputs and of parameters under random cotangents, and buffers afterwards. All
     work is done on copies in `dtype`, `model` and the random generators stay as they are. In the copies, trainable
     parameters that are all zero are drawn at random: a head that starts as the zero map would hide all before it.
-    Each rank holds the activations of the whole model once, and its copies.
+    A process runs the whole model once, and holds its activations for that time; ranks that are threads share the run.
 
     Args:
         model: the plain model, the same on every domain rank, in the mode (train or eval) to be checked.
@@ -70,24 +70,26 @@ def verify_parity(
         kwargs: what to call it with by name.
         tolerance: the largest error that counts as exact; see `ParityReport.errors`.
         seed: of what the model draws, and of the cotangents.
-        cut: what else is done to the sharded model, before it is converted.
+        cut: what else is done to the sharded model, before it is converted; over ranks that have a manager.
         ranks: how many domain ranks to make, in place of a manager; 3 where there is none.
 
     Raises:
+        ValueError: if both a manager and a number of ranks are given, or a cut without a manager.
         DomainParallelError: on every rank, if something in the model is refused, or if the model is converted
             already, cannot be copied, gives no tensors, or is not the same on all domain ranks, or its inputs are not.
         PartitionError: if an input has fewer rows than there are domain ranks.
     """
-    manager = manager or (get_domain_parallel_manager() if ranks is None else None)
     if ranks is not None and manager is not None:
         raise ValueError("give verify_parity a manager, whose ranks are there, or a number of ranks to be made")
+    if ranks is None:
+        manager = manager or get_domain_parallel_manager()
+    if manager is None and cut is not None:
+        raise ValueError("a cut is over ranks that are there: give verify_parity their manager too")
+    found = _comparison(model, example_inputs, kwargs, shard_dim, custom_converters, dtype, tolerance, seed)
     if manager is None:
-        ranks = ranks or THREADS
-        found = _comparison(model, example_inputs, kwargs, shard_dim, custom_converters, dtype, tolerance, seed)
-        return _on_threads(found, ranks, lambda world: Place(DomainParallelManager.of_group(world.group())))
+        return _on_threads(found, ranks or THREADS, lambda world: Place(DomainParallelManager.of_group(world.group())))
     _refuse_differences(model, tree_leaves((example_inputs, kwargs or {})), manager)
     with _generators_kept():
-        found = _comparison(model, example_inputs, kwargs, shard_dim, custom_converters, dtype, tolerance, seed)
         return found.report(Place(manager, cut))
 
 

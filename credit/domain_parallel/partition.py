@@ -71,6 +71,11 @@ class Partition:
         tops = range(rows.start * self.inner, self.length, self.rows * self.inner)
         return [top + i for top in tops for i in range(len(rows) * self.inner)]
 
+    @property
+    def order(self) -> list[int]:
+        """All entries, in the order in which the ranks hold them, one rank after another."""
+        return [entry for rank in range(self.parts) for entry in self.indices(rank)]
+
     def locate(self, index: int) -> tuple[int, int]:
         """Who owns entry `index`, and where in its shard."""
         outer, rest = divmod(index, self.rows * self.inner)

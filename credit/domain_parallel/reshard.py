@@ -11,12 +11,12 @@ from torch import Tensor
 from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Everything, Partition, RowMap, Rows, make_plan
-from credit.domain_parallel.slab import Slab, is_slab, parts_of, rank_of
+from credit.domain_parallel.slab import Slab, is_slab
 
 
 def plain_partition(slab: Slab) -> Partition:
     """How an axis of this length is cut unless there is a reason."""
-    return Partition(slab.shape[slab.cut], parts_of(slab))
+    return Partition(slab.shape[slab.cut], slab.group.size)
 
 
 def recut(slab: Slab, partition: Partition) -> Slab:
@@ -32,7 +32,7 @@ def recut(slab: Slab, partition: Partition) -> Slab:
     else:
         block, blocks, target = 1, source, partition
     local = _blocks(slab.local, slab.cut, block)
-    plan = make_plan(Rows(range(target.length)), blocks, rank_of(slab), target)
+    plan = make_plan(Rows(range(target.length)), blocks, slab.group.rank, target)
     local = exchange(local, plan, slab.cut, slab.group)
     return slab.like(local.flatten(slab.cut, slab.cut + 1), partition=partition)
 
@@ -50,18 +50,18 @@ def select(slab: Slab, operator: RowMap, fill: float = 0.0) -> Slab | Tensor:
     """The rows that `operator` maps to: a slab cut plainly, or whole where there are fewer rows than ranks."""
     length = slab.shape[slab.cut]
     out = operator.out_length(length)
-    if out < parts_of(slab):
+    if out < slab.group.size:
         rows = list(operator.needs(range(out), length)) if out else []
-        plan = make_plan(Everything(tuple(rows)), slab.partition, rank_of(slab), _everyone(slab))
+        plan = make_plan(Everything(tuple(rows)), slab.partition, slab.group.rank, _everyone(slab))
         return exchange(slab.local, plan, slab.cut, slab.group, fill)
-    target = Partition(out, parts_of(slab))
-    plan = make_plan(operator, slab.partition, rank_of(slab), target)
+    target = Partition(out, slab.group.size)
+    plan = make_plan(operator, slab.partition, slab.group.rank, target)
     return slab.like(exchange(slab.local, plan, slab.cut, slab.group, fill), partition=target)
 
 
 def _everyone(slab: Slab) -> Partition:
     """One output for each rank, so that each has what `Everything` needs."""
-    return Partition(parts_of(slab), parts_of(slab))
+    return Partition(slab.group.size, slab.group.size)
 
 
 def whole(x: Any) -> Any:
@@ -71,14 +71,14 @@ def whole(x: Any) -> Any:
     partition = x.partition
     block = partition.inner
     blocks = Partition(partition.rows, partition.parts, partition.outer)
-    plan = make_plan(Everything(), blocks, rank_of(x), _everyone(x))
+    plan = make_plan(Everything(), blocks, x.group.rank, _everyone(x))
     local = exchange(_blocks(x.local, x.cut, block), plan, x.cut, x.group)
     return local.flatten(x.cut, x.cut + 1)
 
 
 def own(x: Tensor, axis: int, like: Slab) -> Tensor:
     """This rank's part of a whole tensor whose `axis` runs along the cut of `like`."""
-    return part(x, axis, like.partition, rank_of(like))
+    return part(x, axis, like.partition, like.group.rank)
 
 
 def cut_along(x: Tensor, axis: int, like: Slab) -> Tensor:
@@ -97,14 +97,14 @@ def is_dealt_evenly(slab: Slab, groups: int) -> bool:
 def other_axis(slab: Slab, taken: tuple[int, ...] = ()) -> int | None:
     """The axis to cut instead of the one that is: the first long enough that is not `taken`."""
     for axis, length in enumerate(slab.shape):
-        if axis != slab.cut and axis not in taken and length >= parts_of(slab):
+        if axis != slab.cut and axis not in taken and length >= slab.group.size:
             return axis
     return None
 
 
 def reshard(slab: Slab, cut: int) -> Slab:
     """The same tensor cut along another axis: an all-to-all in which every rank sends to every other once."""
-    target = Partition(slab.shape[cut], parts_of(slab))
+    target = Partition(slab.shape[cut], slab.group.size)
     local = _Transpose.apply(slab.local, (slab.cut, slab.partition), (cut, target), slab.group)
     return slab.like(local, cut, target)
 
@@ -146,6 +146,11 @@ def part(x: Tensor, axis: int, partition: Partition, rank: int) -> Tensor:
         return x.narrow(axis, rows.start * partition.inner, len(rows) * partition.inner)
     x = x.unflatten(axis, (partition.outer, partition.rows, partition.inner)).narrow(axis + 1, rows.start, len(rows))
     return x.flatten(axis, axis + 2)
+
+
+def joined(parts: Tensor, axis: int, partition: Partition) -> Tensor:
+    """The whole tensor, from what the ranks own of it, one after another along `axis`: the inverse of `part`."""
+    return torch.empty_like(parts).index_copy_(axis, torch.tensor(partition.order, device=parts.device), parts)
 
 
 class AllSum(torch.autograd.Function):

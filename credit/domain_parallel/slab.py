@@ -56,7 +56,13 @@ _NAMESPACES = {
 _OWN = ("credit.domain_parallel", "credit.parallel", "torch.", "contextlib", "threading")
 """Modules whose lines are not the model's code."""
 
-_local_grad_fn = getattr(torch.Tensor, "grad_fn").__get__  # noqa: B009
+
+def getter(name: str) -> Any:
+    """The function by which torch reads that attribute of a tensor."""
+    return getattr(torch.Tensor, name).__get__
+
+
+_local_grad_fn = getter("grad_fn")
 
 
 class _State(threading.local):
@@ -212,11 +218,6 @@ def is_slab(x: Any) -> TypeGuard[Slab]:
     return isinstance(x, _state.kind)
 
 
-def getter(name: str) -> Any:
-    """The function by which torch reads that attribute of a tensor."""
-    return getattr(torch.Tensor, name).__get__
-
-
 def either(*given: Any) -> Slab:
     """The first slab among them; there is one."""
     return next(x for x in given if is_slab(x))
@@ -282,14 +283,6 @@ def torch_functions(name: str) -> list[Any]:
     if not found:
         raise LookupError(f"torch has no function {name}")
     return found
-
-
-def rank_of(slab: Slab) -> int:
-    return slab.group.rank
-
-
-def parts_of(slab: Slab) -> int:
-    return slab.group.size
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import random
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from credit.domain_parallel.groups import Messages, RankGroup, Reduction
-from credit.domain_parallel.manager import DomainParallelManager, RankState, as_rank
+from credit.domain_parallel.manager import DomainParallelManager, as_rank
 from credit.domain_parallel.slab import whereabouts
 
 
@@ -126,11 +127,13 @@ class _Box:
     """What the ranks of one group have given each other and not taken yet.
 
     Attributes:
-        given: to each collective, by its number: what each rank called, and gave.
+        called: how many collectives each rank has called.
+        given: to each of them, by its number: what each rank called, and gave.
         taken: how many ranks have what they were to get of it.
         messages: in order, by (from, to, in a backward): none sent in a forward can be taken for one of a backward.
     """
 
+    called: Counter[int] = field(default_factory=Counter)
     given: dict[int, dict[int, tuple[str, Tensor]]] = field(default_factory=dict)
     taken: dict[int, int] = field(default_factory=dict)
     messages: dict[tuple[int, int, bool], list[Tensor]] = field(default_factory=dict)
@@ -214,9 +217,8 @@ class ThreadWorld:
         try:
             # The backward of tensors on a GPU, too, runs in the thread that asks for it.
             alone = torch.autograd.set_multithreading_enabled(False)
-            with as_rank(RankState()) as state, torch.set_grad_enabled(grad), alone:
+            with as_rank(DomainParallelManager.of_group(self.group())), torch.set_grad_enabled(grad), alone:
                 rank.generators.restore()
-                state.manager = DomainParallelManager.of_group(self.group())
                 rank.result = function(*args, **kwargs)
         except BaseException as error:
             rank.error = error
@@ -268,7 +270,6 @@ class ThreadRanks(RankGroup):
     def __init__(self, world: ThreadWorld, box: _Box, members: tuple[int, ...], rank: int) -> None:
         super().__init__(rank, len(members))
         self._world, self._box, self._members = world, box, members
-        self._collectives = 0
 
     def _check_caller(self) -> None:
         mine, asking = self._members[self.rank], self._world.rank
@@ -294,8 +295,9 @@ class ThreadRanks(RankGroup):
             DeadlockError: if the ranks call different collectives, or with tensors of different shapes or types.
         """
         self._check_caller()
-        number, box = self._collectives, self._box
-        self._collectives += 1
+        box = self._box
+        number = box.called[self.rank]
+        box.called[self.rank] += 1
         call = f"{what} {_described(values)}"
         given = box.given.setdefault(number, {})
         given[self.rank] = call, values.detach().clone(memory_format=torch.contiguous_format)

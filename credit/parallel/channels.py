@@ -37,16 +37,14 @@ class ChannelGroup(RankGroup):
         self.ranks, self.mesh = ranks, mesh
         self.traffic = ranks.traffic
 
-    def all_reduce(self, values: Tensor, reduction: Reduction = "sum") -> Tensor:
+    def _all_reduce(self, values: Tensor, reduction: Reduction) -> Tensor:
         self._refuse()
 
-    def all_gather(self, values: Tensor) -> Tensor:
+    def _all_gather(self, values: Tensor) -> Tensor:
         self._refuse()
 
-    def start(self, outgoing: dict[int, Tensor], incoming: dict[int, list[int]], like: Tensor) -> Messages:
+    def _start(self, outgoing: dict[int, Tensor], incoming: dict[int, list[int]], like: Tensor) -> Messages:
         self._refuse()
-
-    _all_reduce, _all_gather, _start = all_reduce, all_gather, start
 
     def _refuse(self) -> NoReturn:
         refuse(running(), "it would move channels between ranks")

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from credit.domain_parallel.partition import Partition
+from credit.domain_parallel.reshard import joined
 from credit.parallel.domain import get_raw_model
 from credit.parallel.tensor_parallel import cut_layers
 
@@ -57,19 +58,14 @@ class Pieces(torch.Tensor):
         if not all(shape):
             return
         local = self.tensor.to_local()
-        rows = self.stored_order()[offset[0] : offset[0] + shape[0]]
+        rows = self.partition.order[offset[0] : offset[0] + shape[0]]
         breaks = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(rows)) if b != a + 1), len(rows)]
         for start, stop in pairwise(breaks):
             yield (rows[start], *offset[1:]), local[start:stop]
 
-    def stored_order(self) -> list[int]:
-        """The row of the plain tensor that each row of the DTensor is."""
-        return [row for rank in range(self.partition.parts) for row in self.partition.indices(rank)]
-
     def whole(self) -> Tensor:
         """The plain tensor. Called by all ranks."""
-        full = self.tensor.full_tensor()
-        return torch.empty_like(full).index_copy_(0, torch.tensor(self.stored_order(), device=full.device), full)
+        return joined(self.tensor.full_tensor(), 0, self.partition)
 
     def copied(self) -> Pieces:
         """The same values in memory of their own."""

@@ -25,7 +25,7 @@ from torch.utils import _pytree
 
 from credit.domain_parallel.groups import ProcessRanks
 from credit.domain_parallel.partition import Partition
-from credit.domain_parallel.reshard import part
+from credit.domain_parallel.reshard import joined, part
 from credit.domain_parallel.slab import refuse, rules_of
 from credit.errors import CreditError
 from credit.parallel.channels import ChannelGroup, Channels
@@ -186,12 +186,7 @@ class _CutLayer(nn.Module):
     def whole(self, mine: Tensor) -> Tensor:
         """A parameter, or its gradient, from the ranks' parts of it. Called by all ranks."""
         parts = self._tp_group.ranks.all_gather(mine)
-        size = [*mine.shape[: self._dim], self._tp_partition.length, *mine.shape[self._dim + 1 :]]
-        found = mine.new_empty(size)
-        for rank, values in enumerate(parts):
-            rows = torch.tensor(list(self._tp_partition.indices(rank)), device=mine.device)
-            found.index_copy_(self._dim, rows, values)
-        return found
+        return joined(torch.cat(parts.unbind(), self._dim), self._dim, self._tp_partition)
 
     def _apply_to(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(self, nn.Conv2d):

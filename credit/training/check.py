@@ -13,11 +13,12 @@ from credit.data.demo import write_demo
 from credit.data.prepare import DEMO, store_path
 from credit.data.store import FieldStore
 from credit.domain_parallel import DomainParallelManager, ParityReport, verify_parity
-from credit.domain_parallel.groups import ProcessRanks
+from credit.domain_parallel.groups import ProcessRanks, RankGroup
 from credit.domain_parallel.parity import Place, verify_parity_at
 from credit.domain_parallel.thread_ranks import ThreadWorld
 from credit.errors import ConfigError, DataError
 from credit.launch.job import Job, choose_device
+from credit.layout import MeshShape, groups
 from credit.models import DOMAIN_CONVERTERS, build_model
 from credit.parallel.channels import ChannelGroup
 from credit.parallel.collectives import local, together
@@ -75,13 +76,14 @@ def _subject(config: Config, device: torch.device, say: Callable[[str], None]) -
 
 
 def place_in(world: ThreadWorld, tensor: int, domain: int) -> Place:
-    """Of one of tensor x domain threads, laid out as on the mesh: domain innermost."""
-    tp, row = divmod(world.rank, domain)
-    manager = DomainParallelManager.of_group(world.group([tp * domain + other for other in range(domain)]))
-    if tensor == 1:
-        return Place(manager)
-    channels = ChannelGroup(world.group([other * domain + row for other in range(tensor)]))
-    return Place(manager, CutChannels(channels))
+    """Of one of tensor x domain threads, laid out as on the mesh."""
+    shape = MeshShape(1, tensor, domain)
+
+    def mine(dimension: str) -> RankGroup:
+        return world.group(next(ranks for ranks in groups(shape, dimension) if world.rank in ranks))
+
+    cut = CutChannels(ChannelGroup(mine("tp"))) if tensor > 1 else None
+    return Place(DomainParallelManager.of_group(mine("domain")), cut)
 
 
 class CutChannels:

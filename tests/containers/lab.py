@@ -10,8 +10,6 @@ import os
 import shutil
 import subprocess
 import threading
-import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -160,11 +158,3 @@ def build_oci() -> str:
             call("podman", "rmi", "--force", *old)
         build("oci", "--tool", "buildah", "--from", tar, "--output", tag)
     return tag
-
-
-def until(done: Callable[[], bool], what: str, seconds: float = 300) -> None:
-    """Wait for it."""
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, f"{what}: not in {seconds} s"
-        time.sleep(0.5)

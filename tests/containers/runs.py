@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 import shutil
@@ -16,7 +15,9 @@ import pytest
 
 from tests.containers import lab
 from tests.launch import cluster
+from tests.launch.jobs import log
 from tests.launch.stories import is_gone
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -96,8 +97,7 @@ def slowly(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def losses(folder: Path) -> list[str]:
-    with (folder / "log.csv").open(newline="") as stream:
-        return [row["loss"] for row in csv.DictReader(stream)]
+    return [row["loss"] for row in log(folder)]
 
 
 def same_losses(bare: Path, folder: Path, ranks: int = 2) -> None:
@@ -131,12 +131,12 @@ def submitted(sif: Path, bare: Path) -> str:
     job = re.match(r"job (\d+)", done.stdout)
     assert job is not None, done.stdout
 
-    def log() -> str:
+    def said() -> str:
         return "".join(one.read_text() for one in (folder / "jobs").glob(f"{job[1]}_0_log.*"))
 
-    lab.until(lambda: "resuming from" in log() or is_gone(job[1]), "the job goes on")
+    until(lambda: "resuming from" in said() or is_gone(job[1]), "the job goes on", DEADLINE_S)
     run("scancel", job[1], env=env)
-    return log()
+    return said()
 
 
 def under_srun(oci: str, bare: Path) -> subprocess.CompletedProcess:

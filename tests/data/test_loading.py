@@ -27,6 +27,7 @@ from credit.launch.contract import enforce_sampler_contract
 from credit.training.batches import AgreedBatches
 from tests.stores import conf, dataset, write_zarr
 from tests.training.runs import curve, fields_of, on, small
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -206,13 +207,6 @@ def processes_of(session: int) -> list[int]:
     return found
 
 
-def wait_until(true: Callable[[], Any], seconds: float = 150) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def sessions() -> Iterator[list[subprocess.Popen]]:
     """Started with `start_new_session`; of those that a failed test leaves, every process is ended."""
@@ -244,26 +238,26 @@ def test_no_worker_outlives_its_rank_and_none_hears_its_signals(tmp_path, sessio
         return run
 
     killed = start()
-    wait_until(lambda: steps() > 6)
+    until(lambda: steps() > 6, "steps are done", 150)
     has_mpi = {process: "libmpi" in Path(f"/proc/{process}/maps").read_text() for process in processes_of(killed.pid)}
     assert len(has_mpi) > 4  # the rank, its workers for training, and those for validation; what starts them
     assert [process for process, it_has in has_mpi.items() if it_has] == [killed.pid]
     killed.kill()
     killed.wait()
-    wait_until(lambda: not processes_of(killed.pid), 20)
+    until(lambda: not processes_of(killed.pid), "all processes of the killed run are gone", 20)
 
     stopped, before = start(), steps()
-    wait_until(lambda: steps() not in (before, 0) and steps() > 12)
+    until(lambda: steps() not in (before, 0) and steps() > 12, "more steps are done", 150)
     for process in processes_of(stopped.pid):
         os.kill(process, signal.SIGUSR2)
     _, said = stopped.communicate(timeout=150)
     assert stopped.returncode == 75
     assert said.count("\n") == 1
     assert said.startswith("credit: stopped: at step")
-    wait_until(lambda: not processes_of(stopped.pid), 20)
+    until(lambda: not processes_of(stopped.pid), "all processes of the stopped run are gone", 20)
 
     finished = start()
     _, said = finished.communicate(timeout=150)
     assert (finished.returncode, said) == (0, "")
     assert steps() == 100
-    wait_until(lambda: not processes_of(finished.pid), 20)
+    until(lambda: not processes_of(finished.pid), "all processes of the finished run are gone", 20)

@@ -18,8 +18,10 @@ from credit.domain_parallel import (
     shard_tensor,
     verify_parity,
 )
-from credit.domain_parallel.groups import Messages, RankGroup
+from credit.domain_parallel.groups import Alone, Messages, RankGroup
 from credit.domain_parallel.thread_ranks import DeadlockError, RankError, ring_sum, thread_ranks
+from credit.parallel.channels import ChannelGroup
+from credit.training.check import CutChannels
 from tests.domain_parallel import parity
 from tests.domain_parallel.operators import OPERATORS, C, W
 
@@ -264,6 +266,17 @@ def test_groups_of_some_ranks() -> None:
         assert world.run(sums) == [(3, 3), (3, 5), (3, 7), (12, 3), (12, 5), (12, 7)]
 
 
+def test_two_views_of_one_group_are_one_group(threads) -> None:
+    """A rank that is ahead takes nothing for what others have not taken yet."""
+    world = threads(3)
+
+    def sums() -> list[float]:
+        views = [world.group(), world.group()]
+        return [float(views[i % 2].all_reduce(torch.tensor(10.0**i))) for i in range(4)]
+
+    assert world.run(sums) == [[3, 30, 300, 3000]] * 3
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_autograd_is_on_where_it_is_on_for_the_caller(threads, grad: bool) -> None:
     with torch.set_grad_enabled(grad):
@@ -280,6 +293,11 @@ def test_parity_makes_ranks_where_there_are_none() -> None:
 def test_parity_cannot_have_both_a_manager_and_a_number_of_ranks(threads) -> None:
     with pytest.raises(RankError, match="or a number of ranks to be made"):
         threads(2).run(lambda: verify_parity(Stem(), (torch.randn(1, 2, 13, 4),), parity.manager(), ranks=2))
+
+
+def test_parity_cannot_have_a_cut_over_ranks_that_are_not_there() -> None:
+    with pytest.raises(ValueError, match="give verify_parity their manager too"):
+        verify_parity(Stem(), (torch.randn(1, 2, 13, 4),), cut=CutChannels(ChannelGroup(Alone())))
 
 
 def test_ring_sum_of_one_and_two() -> None:

@@ -6,8 +6,7 @@ import csv
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,14 @@ import yaml
 from credit.cli import main
 from credit.config import parse_config
 from credit.data.prepare import write_statistics
+from tests import waiting
 from tests.launch import cluster
 from tests.stores import conf, dataset, write_zarr
 
 ROOT = Path(__file__).parents[2]
 PYTHON, BIN = sys.executable, Path(sys.executable).parent
 DEADLINE_S = 240
+until = partial(waiting.until, seconds=DEADLINE_S)
 
 
 def write_base(folder: Path) -> Path:
@@ -92,13 +93,6 @@ def weights(folder: Path, config: Path, options: list[str]) -> dict[str, torch.T
 
 def bitwise(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def until(condition: Callable[[], bool], what: str, timeout: float = DEADLINE_S) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.2)
 
 
 def steps_done(folder: Path) -> int:

@@ -41,7 +41,7 @@ def reach_the_time_limit(base: Path, folder: Path, startup_s: float) -> str:
     """Two minutes, of which some seconds are used; the job chains itself. Its log."""
     used = min(2 * startup_s + 5, 110)
     job = submitted(base, folder, used / STEPS, "--time=2", CREDIT_STOP_BEFORE=f"{120 - used:.0f}")
-    until(lambda: state(folder) == "finished" or is_gone(job), "the epochs are done", 2 * DEADLINE_S)
+    until(lambda: state(folder) == "finished" or is_gone(job), "the epochs are done", seconds=2 * DEADLINE_S)
     assert state(folder) == "finished", (folder / "job.log").read_text()
     return (folder / "job.log").read_text()
 
@@ -61,8 +61,8 @@ def suffer(base: Path, folder: Path) -> str:
     finally:
         cluster.start_node(second)
     run("scancel", job)
-    until(lambda: state(folder) == "stopped", "the job has saved", 30)
-    until(lambda: is_gone(job), "the job is gone", 30)
+    until(lambda: state(folder) == "stopped", "the job has saved", seconds=30)
+    until(lambda: is_gone(job), "the job is gone", seconds=30)
     return train(base, folder).stdout
 
 

@@ -23,7 +23,7 @@ from credit.models.transformer import ConvMLP, WindowTransformer
 from credit.parallel.collectives import local
 from credit.parallel.tensor_parallel import TensorParallelError, apply_tensor_parallel
 from credit.training.check import place_in
-from tests.domain_parallel.parity import relative
+from tests.domain_parallel.parity import check, relative
 from tests.ranks import RankError
 
 C, H, W = 8, 13, 8
@@ -183,12 +183,6 @@ def errors_of_processes(name: str, tp: int, domain: int) -> dict[str, float]:
         return apply_tensor_parallel(model, mesh(tp, domain)["tp"] if tp > 1 else None)
 
     return errors(name, cut, manager(tp, domain))
-
-
-def check(found: list[dict[str, float]]) -> None:
-    for rank in found:
-        wrong = {what: error for what, error in rank.items() if not error < 1e-9}
-        assert not wrong
 
 
 @pytest.mark.parametrize(("tp", "domain"), [(2, 1), (4, 1), (2, 2), (1, 2), (1, 4), (2, 4), (4, 2)])

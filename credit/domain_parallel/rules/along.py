@@ -17,7 +17,7 @@ from credit.domain_parallel.reshard import other_axis, reshard, whole
 from credit.domain_parallel.rules.pointwise import align, pointwise, result
 from credit.domain_parallel.rules.reductions import amax, amin, axes_of, drop
 from credit.domain_parallel.rules.views import roll
-from credit.domain_parallel.slab import RULES, Slab, either, is_slab, parts_of, refuse, rule, torch_functions
+from credit.domain_parallel.slab import RULES, Slab, either, is_slab, refuse, rule, torch_functions
 
 
 def elsewhere(function: Callable[[Tensor], Any], x: Slab, axes: Sequence[int]) -> Any:
@@ -35,7 +35,7 @@ def _back(out: Any, there: Slab, cut: int) -> Any:
     if isinstance(out, tuple | list):
         return tuple(_back(one, there, cut) for one in out)
     moved = there.like(out)
-    return reshard(moved, cut) if moved.shape[cut] >= parts_of(moved) else whole(moved)
+    return reshard(moved, cut) if moved.shape[cut] >= moved.group.size else whole(moved)
 
 
 def _along(func: Any, default: int = -1) -> Any:
@@ -192,7 +192,7 @@ def unfold(x: Slab, dimension: int, size: int, step: int) -> Any:
         return whole(x).unfold(axis, size, step)
     there = reshard(x, cut)
     moved = there.like(there.local.unfold(axis, size, step))
-    return reshard(moved, axis) if moved.shape[axis] >= parts_of(x) else whole(moved)
+    return reshard(moved, axis) if moved.shape[axis] >= x.group.size else whole(moved)
 
 
 @rule("gather", "take_along_dim")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from credit.domain_parallel.slab import RULES, Slab, is_slab, refuse, rule, torch_functions
+from credit.domain_parallel.slab import RULES, Slab, getter, is_slab, refuse, rule, torch_functions
 
 # Read off the slab itself, which has the shape of the whole.
 _ATTRIBUTES: tuple[str, ...] = (
@@ -34,7 +34,7 @@ _METHODS: tuple[str, ...] = (
 _METHODS += ("get_device", "__len__", "is_inference", "is_signed", "stride", "storage_offset")
 
 for _name in _ATTRIBUTES:
-    _getter = getattr(torch.Tensor, _name).__get__
+    _getter = getter(_name)
     RULES[_getter] = _getter
 for _name in _METHODS:
     for _func in torch_functions(_name):
@@ -42,7 +42,7 @@ for _name in _METHODS:
 
 # Asked of the rows.
 for _name in ("grad_fn", "is_leaf", "_base"):
-    _getter = getattr(torch.Tensor, _name).__get__
+    _getter = getter(_name)
     RULES[_getter] = lambda x, getter=_getter: getter(x.local)
 
 

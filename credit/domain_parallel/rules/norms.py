@@ -18,7 +18,7 @@ from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.reshard import is_dealt_evenly, own
 from credit.domain_parallel.rules.contract import run_body
 from credit.domain_parallel.rules.reductions import axes_of
-from credit.domain_parallel.slab import COMPOSITE, Slab, parts_of, refuse, rule
+from credit.domain_parallel.slab import COMPOSITE, Slab, refuse, rule
 
 Moments = tuple[Tensor, Tensor]
 
@@ -164,7 +164,7 @@ def group_norm(
         if not is_dealt_evenly(input, num_groups):
             refuse("group_norm of a field whose channels are cut", "its groups do not divide over the ranks")
         weight, bias = (None if w is None else own(w, 0, input) for w in (weight, bias))
-        return input.like(F.group_norm(input.local, num_groups // parts_of(input), weight, bias, eps))
+        return input.like(F.group_norm(input.local, num_groups // input.group.size, weight, bias, eps))
     batch, channels = input.shape[:2]
     each = channels // num_groups
     view = (1, num_groups, each, 1)

@@ -18,7 +18,7 @@ from credit.domain_parallel.rules.along import elsewhere
 from credit.domain_parallel.rules.pointwise import pointwise
 from credit.domain_parallel.rules.reductions import amax, mean, sum_
 from credit.domain_parallel.rules.windows import fetch, per_axis, with_axis
-from credit.domain_parallel.slab import RULES, Slab, is_slab, parts_of, rank_of, refuse, rule
+from credit.domain_parallel.slab import RULES, Slab, is_slab, refuse, rule
 
 MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -170,10 +170,10 @@ def _adaptive_taps(length: int, size: int) -> Taps:
 def _apply_taps(x: Slab, taps: Taps, others: Any) -> Any:
     """`others` does the axes that are not cut and keeps this one; then this one by its taps."""
     out, axis = len(taps.rows), x.cut
-    if out < parts_of(x):
+    if out < x.group.size:
         return _weighted_rows(others(whole(x)), taps, range(out), axis)
-    target = Partition(out, parts_of(x))
-    plan = make_plan(taps, x.partition, rank_of(x), target)
+    target = Partition(out, x.group.size)
+    plan = make_plan(taps, x.partition, x.group.rank, target)
     local = others(exchange(x.local, plan, axis, x.group))
     return x.like(_weighted_rows(local, taps, plan.out, axis), partition=target)
 
@@ -286,10 +286,10 @@ def pixel_unshuffle(input: Slab, downscale_factor: int) -> Any:
     if input.cut < input.ndim - 3:
         return input.like(F.pixel_unshuffle(input.local, downscale_factor))
     rows = input.shape[input.cut] // downscale_factor
-    if rows < parts_of(input) or rows * downscale_factor != input.shape[input.cut]:
+    if rows < input.group.size or rows * downscale_factor != input.shape[input.cut]:
         return F.pixel_unshuffle(whole(input), downscale_factor)
-    x = recut(input, Partition(rows, parts_of(input), 1, downscale_factor))
-    return x.like(F.pixel_unshuffle(x.local, downscale_factor), partition=Partition(rows, parts_of(input)))
+    x = recut(input, Partition(rows, input.group.size, 1, downscale_factor))
+    return x.like(F.pixel_unshuffle(x.local, downscale_factor), partition=Partition(rows, input.group.size))
 
 
 @rule("channel_shuffle")

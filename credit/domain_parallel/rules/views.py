@@ -19,7 +19,7 @@ from credit.domain_parallel.partition import Partition, Rows, make_plan
 from credit.domain_parallel.regroup import regroup
 from credit.domain_parallel.reshard import cut_along, recut, reshard, select, whole
 from credit.domain_parallel.rules.pointwise import align, lead, result, updated, writable
-from credit.domain_parallel.slab import RULES, Slab, getter, is_slab, parts_of, rank_of, refuse, rule
+from credit.domain_parallel.slab import RULES, Slab, getter, is_slab, refuse, rule
 
 
 def _sizes(shape: tuple) -> tuple[int, ...]:
@@ -180,7 +180,7 @@ def narrow_to(x: Slab, dim: int, start: int, stop: int) -> Any:
     p = x.partition
     turn = p.rows * p.inner  # one of the outer entries, such as the queries of fused queries, keys and values
     if p.outer > 1 and start < stop and start % turn == stop % turn == 0:
-        mine = p.size(rank_of(x)) // p.outer
+        mine = p.size(x.group.rank) // p.outer
         local = x.local.narrow(dim, start // turn * mine, (stop - start) // turn * mine)
         return x.like(local, partition=Partition(p.rows, p.parts, (stop - start) // turn, p.inner))
     y = rows_at(x, range(start, stop))
@@ -246,7 +246,7 @@ def cat(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
     if dim != like.cut:
         return like.like(torch.cat([cut_along(x, like.cut, like) for x in tensors], dim))
     length = sum(x.shape[dim] for x in tensors)
-    target = Partition(length, parts_of(like))
+    target = Partition(length, like.group.size)
     mine = target.range(like.group.rank)
     pieces, top = [], 0
     for x in tensors:

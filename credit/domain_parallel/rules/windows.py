@@ -12,7 +12,7 @@ from credit.domain_parallel.halo_conv import Geometry, halo_conv, keeps_rows
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, Span, TransposedWindow, Window, make_plan
 from credit.domain_parallel.reshard import is_dealt_evenly, other_axis, part, reshard, whole
-from credit.domain_parallel.slab import Slab, is_slab, parts_of, rank_of, refuse, rule
+from credit.domain_parallel.slab import Slab, is_slab, refuse, rule
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -57,10 +57,10 @@ def conv(
     if axis < 0 and input.cut == 0 and input.ndim == axes + 2:
         return input.like(convolve(input.local, weight, bias, stride, padding, dilation, groups))
     if axis == -1 and is_dealt_evenly(input, groups):
-        target = Partition(weight.shape[0], parts_of(input))
-        weight = part(weight, 0, target, rank_of(input))
-        bias = bias if bias is None else part(bias, 0, target, rank_of(input))
-        y = convolve(input.local, weight, bias, stride, padding, dilation, groups // parts_of(input))
+        target = Partition(weight.shape[0], input.group.size)
+        weight = part(weight, 0, target, input.group.rank)
+        bias = bias if bias is None else part(bias, 0, target, input.group.rank)
+        y = convolve(input.local, weight, bias, stride, padding, dilation, groups // input.group.size)
         return input.like(y, partition=target)
     if axis < 0:
         input = whole_channels(input, "a convolution")
@@ -69,7 +69,7 @@ def conv(
     before, after = pads_of(padding, weight.shape[2:], dilation)
     window = Window(weight.shape[2 + axis], stride[axis], dilation[axis], before[axis], after[axis])
     out = window.out_length(input.shape[input.cut])
-    if out < parts_of(input):
+    if out < input.group.size:
         return convolve(whole(input), weight, bias, stride, padding, dilation, groups)
     if list(before) == list(after) and keeps_rows(window, input.partition):
         geometry = (stride, list(before), dilation, groups)
@@ -106,15 +106,15 @@ def pads_of(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tup
 def fetch(x: Slab, window: Window, fill: float = 0.0) -> tuple[Tensor, Partition] | None:
     """The rows that `window` reads for this rank's output rows; None if there are fewer of these than ranks."""
     out = window.out_length(x.shape[x.cut])
-    if out < parts_of(x):
+    if out < x.group.size:
         return None
-    target = Partition(out, parts_of(x))
+    target = Partition(out, x.group.size)
     if fill == 0 and x.shared is not None and window in x.shared[0].windows:
         span, rows = x.shared
-        mine = target.indices(rank_of(x))
+        mine = target.indices(x.group.rank)
         first = mine[0] * window.stride - window.before - span.start(mine)
         return rows.narrow(x.cut, first, (len(mine) - 1) * window.stride + window.reach), target
-    plan = make_plan(window, x.partition, rank_of(x), target)
+    plan = make_plan(window, x.partition, x.group.rank, target)
     return exchange(x.local, plan, x.cut, x.group, fill), target
 
 
@@ -124,9 +124,9 @@ def share_halo(x: Slab, windows: Sequence[Window]) -> None:
     Windows must have as many output rows as one another, and zeros past the edges.
     """
     outs = {window.out_length(x.shape[x.cut]) for window in windows}
-    if len(outs) == 1 and min(outs) >= parts_of(x) and all(window.mode == "zeros" for window in windows):
+    if len(outs) == 1 and min(outs) >= x.group.size and all(window.mode == "zeros" for window in windows):
         span = Span(tuple(windows))
-        plan = make_plan(span, x.partition, rank_of(x), Partition(outs.pop(), parts_of(x)))
+        plan = make_plan(span, x.partition, x.group.rank, Partition(outs.pop(), x.group.size))
         x.shared = span, exchange(x.local, plan, x.cut, x.group)
 
 
@@ -154,10 +154,10 @@ def conv_transpose(
     window = TransposedWindow(weight.shape[2 + axis], stride[axis], dilation[axis], padding[axis], extra[axis])
     length = input.shape[input.cut]
     out = window.out_length(length)
-    if out < parts_of(input):
+    if out < input.group.size:
         return convolve(whole(input), weight, bias, stride, padding, extra, groups, dilation)
-    target = Partition(out, parts_of(input))
-    plan = make_plan(window, input.partition, rank_of(input), target)
+    target = Partition(out, input.group.size)
+    plan = make_plan(window, input.partition, input.group.rank, target)
     x = exchange(input.local, plan, input.cut, input.group)
     before, after = window.crop(plan.out, length)
     # Rows appended below (none reaches them) hold the bias alone, so it can only be added after them.
