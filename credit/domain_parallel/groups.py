@@ -84,7 +84,7 @@ class RankGroup(ABC):
         """Begin to send a tensor to each rank of `outgoing`, and to receive one from each of `incoming`.
 
         Args:
-            outgoing: what to send, by rank. Empty tensors are not sent.
+            outgoing: what to send, by rank; not to be changed before the wait. Empty tensors are not sent.
             incoming: shapes of what comes, by rank.
             like: of the type, and on the device, of what comes.
         """

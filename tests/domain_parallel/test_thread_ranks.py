@@ -107,9 +107,11 @@ class Stem(nn.Module):
         return self.norm(x)
 
 
-def without_a_message(number: int | None) -> None:
+def without_a_message(number: int | None, normed: bool = True) -> None:
     """Forward and backward; in the exchange of that number rank 1 sends nothing."""
-    model = convert_to_domain_parallel(Stem(), parity.manager())
+    model = Stem()
+    model.norm = model.norm if normed else nn.Identity()
+    model = convert_to_domain_parallel(model, parity.manager())
     x = shard_tensor(torch.randn(1, 2, 13, 4), -2, parity.manager()).requires_grad_()
     send, exchanges = group()._start, []
 
@@ -136,6 +138,14 @@ def test_a_dropped_message_is_a_deadlock_that_names_both_ranks_modules(threads, 
     assert "return self.norm(x)" in one
 
 
+def test_a_message_of_the_backward_is_not_taken_for_one_of_the_forward(threads) -> None:
+    """Rank 1 sends as many messages in its backward as rank 0 waits for, and of the same shape."""
+    with pytest.raises(
+        DeadlockError, match=r"rank 0 waits for .* in blocks.1 [^$]*rank 1 waits for .* in the backward"
+    ):
+        threads(2).run(without_a_message, 0, False)
+
+
 def test_a_message_that_is_dropped_in_the_backward(threads) -> None:
     message = r"rank 0 waits for a message of rank 1, .*, in the backward\n.*\.backward\(\)"
     with pytest.raises(DeadlockError, match=message):
@@ -149,6 +159,15 @@ def test_a_rank_that_leaves_while_others_wait_is_named(threads) -> None:
 
     with pytest.raises(DeadlockError, match=r"rank 0 has ended\nrank 1 waits for the other ranks of \(0, 1\)"):
         threads(2).run(leave)
+
+
+def test_an_empty_message_is_not_sent(threads) -> None:
+    def send() -> list[int]:
+        peer = 1 - parity.manager().domain_rank
+        came = group().start({peer: torch.zeros(0, 3)}, {peer: [0, 3]}, torch.zeros(1)).wait()
+        return [group().traffic.messages, *came[peer].shape]
+
+    assert threads(2).run(send) == [[0, 0, 3]] * 2
 
 
 def test_a_message_that_nobody_receives_is_an_error(threads) -> None:
