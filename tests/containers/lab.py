@@ -82,6 +82,7 @@ def _base() -> Path:
     LAB.chmod(0o755)
     if subprocess.run(["id", USER], capture_output=True).returncode:
         call("useradd", "--create-home", USER)
+    refuse_closed_checkout()
     for name, text in PODMAN.items():
         (LAB / name).write_text(text)
     tar = LAB / "base.tar"
@@ -95,6 +96,12 @@ def _base() -> Path:
         call("mmdebstrap", *options, "bookworm", LAB / "part.tar", sources)
         (LAB / "part.tar").rename(tar)
     return tar
+
+
+def refuse_closed_checkout() -> None:
+    """An ordinary user runs the images in this checkout, as users do: it must get there."""
+    closed = [folder for folder in (ROOT, *ROOT.parents) if not folder.stat().st_mode & 0o001]
+    assert not closed, f"no ordinary user can enter {closed[-1]}: chmod o+x it, or clone to a place that is open"
 
 
 def _install(*programs: str, more: tuple[str, ...] = ()) -> None:
