@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -23,6 +23,7 @@ from credit.domain_parallel.layers import (
 from credit.domain_parallel.manager import DomainParallelManager
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.root import Border
+from credit.domain_parallel.side_doors import only_inside
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +82,14 @@ def convert_to_domain_parallel(
     manager: DomainParallelManager | None,
     shard_dim: int = -2,
     custom_converters: Mapping[Any, Converter] | None = None,
+    fallback: Literal["gather", "refuse"] = "gather",
 ) -> nn.Module:
     """Make `model` compute, on latitude slabs, what it computes on whole fields. In place.
 
     The converted model takes shards and gives shards. Inside it, every field has the shape of the whole
-    (`Slab`), every torch function that meets one follows its exact rule, and one that has none is refused
-    with the path of the module and the line of its code. Names of parameters, shared modules, hooks and
+    (`Slab`), and every torch function that meets one follows its exact rule. One that has none is computed on gathered
+    fields, on every rank alike, which is logged with the path of the module and the line of its code; what cannot be
+    exact is refused. Names of parameters, shared modules, hooks and
     parametrizations stay; a second conversion changes nothing; with one domain rank or no manager the plain model is
     returned. A field is a tensor with a batch axis, a channel axis and all axes from `shard_dim` on; other
     inputs are whole and the same on every rank, and so are other outputs.
@@ -102,6 +105,7 @@ def convert_to_domain_parallel(
             longitude.
         custom_converters: replacement for modules of these very types; their children are left alone. The
             replacement is given a `Slab`, as every module inside the model is.
+        fallback: "refuse" to refuse what would be gathered.
 
     Returns:
         `model`, or its replacement if a custom converter took the root itself.
@@ -121,8 +125,11 @@ def convert_to_domain_parallel(
             model = layer
         if isinstance(layer, DomainParallelLayer):
             layer.__dict__["_domain_manager"] = manager
+    for part in model.modules():
+        if part is not model and not isinstance(part, DomainParallelLayer):
+            part.register_forward_pre_hook(only_inside, prepend=True)
     become(model, DomainParallelRoot)
-    model.__dict__["_domain_border"] = Border(manager, shard_dim)
+    model.__dict__["_domain_border"] = Border(manager, shard_dim, fallback)
     return model
 
 

@@ -73,12 +73,12 @@ class RankGroup(ABC):
     def all_reduce(self, values: Tensor, reduction: Reduction = "sum") -> Tensor:
         """The sum, or the maximum, of the ranks' `values`, on all of them."""
         self._count(values)
-        return self._all_reduce(values, reduction)
+        return self._all_reduce(values.resolve_conj(), reduction)
 
     def all_gather(self, values: Tensor) -> Tensor:
         """(rank, ...): the `values` of every rank, which are of one shape."""
         self._count(values)
-        return self._all_gather(values)
+        return self._all_gather(values.resolve_conj())
 
     def start(self, outgoing: dict[int, Tensor], incoming: dict[int, list[int]], like: Tensor) -> Messages:
         """Begin to send a tensor to each rank of `outgoing`, and to receive one from each of `incoming`.
@@ -88,7 +88,7 @@ class RankGroup(ABC):
             incoming: shapes of what comes, by rank.
             like: of the type, and on the device, of what comes.
         """
-        sends = {peer: tensor for peer, tensor in outgoing.items() if tensor.numel()}
+        sends = {peer: tensor.resolve_conj() for peer, tensor in outgoing.items() if tensor.numel()}
         self.traffic.messages += len(sends)
         self.traffic.bytes += sum(tensor.nbytes for tensor in sends.values())
         return self._start(sends, incoming, like)

@@ -7,6 +7,7 @@ symmetric case of the reference API.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,23 @@ from credit.domain_parallel.groups import Messages, RankGroup
 from credit.domain_parallel.lengths import global_length
 from credit.domain_parallel.manager import DomainParallelError, get_domain_parallel_manager
 from credit.domain_parallel.partition import FILL, Partition, Piece, Plan, Window, make_plan
+
+
+class _State(threading.local):
+    moves = 0
+
+
+_state = _State()
+
+
+def moved() -> None:
+    """To be called where rows go from rank to rank: on every rank, also on those that keep theirs."""
+    _state.moves += 1
+
+
+def moves() -> int:
+    """How often rows went from rank to rank in this thread."""
+    return _state.moves
 
 
 def exchange(x: Tensor, plan: Plan, dim: int, group: RankGroup, fill: float = 0.0) -> Tensor:
@@ -32,6 +50,8 @@ def exchange(x: Tensor, plan: Plan, dim: int, group: RankGroup, fill: float = 0.
     Returns:
         A tensor of `plan.rows` rows along `dim`; `x` itself where it already is what is needed.
     """
+    if not plan.stays:
+        moved()
     if plan.is_identity:
         return x
     return _Exchange.apply(x, plan, dim % x.ndim, group, fill)

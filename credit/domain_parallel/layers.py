@@ -8,6 +8,7 @@ gives this rank's rows of the result. With one domain rank or no manager it is t
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -30,6 +31,8 @@ from credit.domain_parallel.reshard import plain as plainly_cut
 from credit.domain_parallel.root import Border
 from credit.domain_parallel.rules.windows import CONV, conv_in_place, fetch, pads_of, per_axis, share_halo
 from credit.domain_parallel.slab import Slab, inside_model, is_inside_model
+
+logger = logging.getLogger(__name__)
 
 
 def _combine(layer: type, plain: type) -> type:
@@ -319,7 +322,7 @@ class SharedHalo(DomainParallelLayer):
                     before, after = (pads[axis] for pads in pads_of(conv.padding, conv.kernel_size, conv.dilation))
                     k, s, d = conv.kernel_size[axis], conv.stride[axis], conv.dilation[axis]
                     windows.append(Window(k, s, d, before, after))
-            x = x.like(x.local)  # the rows are shared here alone
+            x = x.alias()  # the rows are shared here alone
             share_halo(x, windows)
         return super().on_slab(x, *args, **kwargs)
 
@@ -375,6 +378,20 @@ class DomainParallelUpsample(DomainParallelLayer):
         return -self.shard_dim
 
 
+def _uncompile(root: nn.Module) -> None:
+    """Parts that were compiled by themselves run as they are written."""
+    for path, module in root.named_modules():
+        if module is root:
+            continue
+        if module._compiled_call_impl is not None:
+            module._compiled_call_impl = None
+        elif isinstance(module, torch._dynamo.OptimizedModule) and module.forward != module._orig_mod.__call__:
+            module.__dict__["forward"] = module._orig_mod.__call__
+        else:
+            continue
+        logger.warning("%s was compiled; on fields cut over ranks it runs as it is written", path)
+
+
 class DomainParallelRoot(nn.Module):
     """The outermost module of a converted model: takes shards, gives shards, and is the plain model inside."""
 
@@ -390,5 +407,6 @@ class DomainParallelRoot(nn.Module):
             return super().forward(*args, **kwargs)
         run = self._domain_border.run
         if "torch._dynamo" in sys.modules:  # Slabs and exchanges are not for a compiler to trace.
+            _uncompile(self)
             run = torch._dynamo.disable(run)
         return run(self, super().forward, args, kwargs)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from credit.domain_parallel.containers import closed, opened
 from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
+from credit.domain_parallel.gathered import gathers_recorded
 from credit.domain_parallel.layers import DomainParallelLayer, DomainParallelRoot
 from credit.domain_parallel.lengths import gather_numbers
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager, get_domain_parallel_manager
@@ -88,7 +90,7 @@ def verify_parity(
     found = _comparison(model, example_inputs, kwargs, shard_dim, custom_converters, dtype, tolerance, seed)
     if manager is None:
         return _on_threads(found, ranks or THREADS, lambda world: Place(DomainParallelManager.of_group(world.group())))
-    _refuse_differences(model, tree_leaves((example_inputs, kwargs or {})), manager)
+    _refuse_differences(model, tree_leaves(opened((example_inputs, kwargs or {}))), manager)
     with _generators_kept():
         return found.report(Place(manager, cut))
 
@@ -140,7 +142,7 @@ def _comparison(
 ) -> _Comparison:
     if any(isinstance(module, DomainParallelLayer | DomainParallelRoot) for module in model.modules()):
         raise DomainParallelError("verify_parity takes the plain model, and converts a copy: this one is converted")
-    leaves, structure = tree_flatten((example_inputs, kwargs or {}))
+    leaves, structure = tree_flatten(opened((example_inputs, kwargs or {})))
     leaves = [_cast(x.detach(), dtype) if isinstance(x, Tensor) else x for x in leaves]
     prepared = _prepared(model, dtype, seed)
     return _Comparison(prepared, leaves, structure, shard_dim, custom_converters, dtype, tolerance, seed)
@@ -176,9 +178,9 @@ class _Run:
         self.inputs = {i: x for i, x in enumerate(leaves) if isinstance(x, Tensor)}
         # A model may change in place what it is given, which autograd forbids of leaves.
         given = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-        args, kwargs = tree_unflatten(given, structure)
+        args, kwargs = closed(tree_unflatten(given, structure))
         torch.manual_seed(seed)
-        self.outputs = _tensors(model(*args, **kwargs))
+        self.outputs = _tensors(opened(model(*args, **kwargs)))
 
     def backward(self, cotangents: list[Tensor]) -> None:
         pairs = [pair for pair in zip(self.outputs, cotangents, strict=True) if pair[0].requires_grad]
@@ -251,8 +253,10 @@ class _Comparison:
 
     def report(self, place: Place) -> ParityReport:
         """Of the sharded model whose part at `place` this is. Called by all ranks."""
-        errors, calls = self.compare(place)
-        report = ParityReport(place.manager.domain_world_size, self.dtype, self.tolerance, errors, calls)
+        with gathers_recorded() as gathers:
+            errors, calls = self.compare(place)
+        gathered = tuple(map(str, gathers))
+        report = ParityReport(place.manager.domain_world_size, self.dtype, self.tolerance, errors, calls, gathered)
         if report.exact:
             return report
         first, first_error = self.first_departure(place)

@@ -25,6 +25,7 @@ class ParityReport:
             kind is zero, anything else is infinitely wrong; so is a NaN, another shape or type, and a name that one
             model alone has. Gradients are left out if an output is infinitely wrong.
         calls: how often each torch function, by its qualified name, met a field that is cut.
+        gathered: what was computed on whole fields, for want of a rule: exact, but it costs; with module and line.
         first: path of the first module, in order of execution, whose output is off by more than `tolerance`; the
             model's class if it is that of the whole model; None if every output agrees.
         first_error: by how much it is off, as in `errors`.
@@ -35,6 +36,7 @@ class ParityReport:
     tolerance: float
     errors: dict[str, float]
     calls: dict[str, int]
+    gathered: tuple[str, ...] = ()
     first: str | None = None
     first_error: float | None = None
 
@@ -51,6 +53,7 @@ class ParityReport:
             found = {key.removeprefix(kind): error for key, error in self.errors.items() if key.startswith(kind)}
             worst = max(found, key=lambda name: found[name], default=None)
             lines.append(f"{kind:18}  {len(found):8}  {'-' if worst is None else f'{found[worst]:.1e} {worst}'}")
+        lines += [f"gathered: {one}" for one in self.gathered]
         return "\n".join(lines if self.exact else [*lines, *self._advice()])
 
     def _advice(self) -> tuple[str, str]:
@@ -63,7 +66,7 @@ class ParityReport:
         if max(self.errors.values()) < ROUNDING:
             return where, "So small an error is rounding in a narrower type: look for .float() or autocast there."
         return where, (
-            "If a custom converter made that module, do without it: what a plain module calls has an exact rule, or is "
+            "If a custom converter made that module, do without it: what a plain module calls is done exactly, or "
             "refused. Otherwise look for what differs between ranks (random numbers that are not torch's); failing "
             "that a rule is wrong: use domain: 1, and report it."
         )

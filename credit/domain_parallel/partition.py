@@ -285,6 +285,7 @@ class Plan:
         out: global output rows this rank computes.
         length: global number of input rows.
         shard: number of input rows this rank owns.
+        stays: every rank needs the rows that it owns.
     """
 
     pieces: tuple[Piece, ...]
@@ -294,6 +295,7 @@ class Plan:
     length: int
     shard: int
     rank: int
+    stays: bool
 
     @property
     def is_identity(self) -> bool:
@@ -337,6 +339,7 @@ def make_plan(operator: RowMap, source: Partition, rank: int, target: Partition 
         length=length,
         shard=source.size(rank),
         rank=rank,
+        stays=all(list(needs[peer]) == list(source.indices(peer)) for peer in range(parts)),
     )
 
 

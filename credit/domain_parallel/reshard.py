@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from credit.domain_parallel.groups import RankGroup
-from credit.domain_parallel.halo_exchange import exchange
+from credit.domain_parallel.halo_exchange import exchange, moved
 from credit.domain_parallel.partition import Everything, Partition, RowMap, Rows, make_plan
 from credit.domain_parallel.slab import Slab, is_slab
 
@@ -104,6 +104,7 @@ def other_axis(slab: Slab, taken: tuple[int, ...] = ()) -> int | None:
 
 def reshard(slab: Slab, cut: int) -> Slab:
     """The same tensor cut along another axis: an all-to-all in which every rank sends to every other once."""
+    moved()
     target = Partition(slab.shape[cut], slab.group.size)
     local = _Transpose.apply(slab.local, (slab.cut, slab.partition), (cut, target), slab.group)
     return slab.like(local, cut, target)

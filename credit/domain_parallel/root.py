@@ -7,23 +7,29 @@ What happens inside depends on that alone, and every rank takes the same branch.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from credit.domain_parallel.calls import as_whole
+from credit.domain_parallel.containers import closed, opened
+from credit.domain_parallel.gathered import gathers_refused
 from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.lengths import check_lengths, gather_numbers, gather_texts
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import plain, reshard, whole
+from credit.domain_parallel.side_doors import refuse_side_doors
 from credit.domain_parallel.slab import Slab, inside_model, refuse, rules_of
 
-MAX_SHARDED_INPUTS = 30
+MAX_SHARDED_INPUTS = 28
+GENERATORS = ("torch", "Python", "numpy")
 
 
 @dataclass(frozen=True)
@@ -32,10 +38,14 @@ class Border:
 
     A tensor with a batch axis, a channel axis and all axes from `shard_dim` on is a field, and this rank has its
     rows. Anything else (times, scalars, class scores) is whole, and the same on every rank.
+
+    Attributes:
+        fallback: what becomes of a function without a rule.
     """
 
     manager: DomainParallelManager
     shard_dim: int
+    fallback: Literal["gather", "refuse"] = "gather"
 
     @property
     def group(self) -> RankGroup:
@@ -52,47 +62,56 @@ class Border:
             DomainParallelError: on every rank, if the inputs do not fit together, or if the model draws random
                 numbers that are not the same on all ranks.
         """
-        before = _generator_state()
-        (args, kwargs), draws_alike = self._enter(root, args, kwargs, before)
-        with inside_model():
-            output = forward(*args, **kwargs)
-        if not draws_alike and _generator_state() != before:
+        before = _generator_states()
+        (args, kwargs), differing = self._enter(root, args, kwargs, before)
+        with inside_model(), gathers_refused(self.fallback == "refuse"):
+            output = self.leave(forward(*args, **kwargs))
+            refuse_side_doors(root)
+        now = _generator_states() if differing else before
+        drawn = [GENERATORS[i] for i in differing if now[i] != before[i]]
+        if drawn:
             raise DomainParallelError(
-                f"{type(root).__name__} draws random numbers (dropout?), and the domain ranks' generators differ, so "
-                f"these are not the numbers of one device. Call torch.manual_seed with one seed on all ranks of a "
-                f"domain group."
+                f"{type(root).__name__} draws random numbers (dropout?), and the domain ranks' generators of "
+                f"{', '.join(drawn)} differ, so these are not the numbers of one device. Seed them alike on all ranks "
+                f"of a domain group: torch.manual_seed, random.seed, numpy.random.seed."
             )
-        return self.leave(output)
+        return output
 
-    def _enter(self, root: nn.Module, args: tuple, kwargs: dict, generators: tuple) -> tuple[Any, bool]:
-        leaves, structure = tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Slab))
+    def _enter(self, root: nn.Module, args: tuple, kwargs: dict, generators: tuple) -> tuple[Any, list[int]]:
+        """What the model is given, and which generators differ between the ranks."""
+        leaves, structure = tree_flatten(opened((args, kwargs)), is_leaf=lambda x: isinstance(x, Tensor))
         fields = [leaf for leaf in leaves if self.is_field(leaf)]
-        if len(fields) > MAX_SHARDED_INPUTS:
-            raise DomainParallelError(f"{type(root).__name__} got {len(fields)} fields, at most {MAX_SHARDED_INPUTS}")
+        if not 0 < len(fields) <= MAX_SHARDED_INPUTS:
+            raise DomainParallelError(
+                f"{type(root).__name__} got {len(fields)} fields, which must be 1 to {MAX_SHARDED_INPUTS}. A field has "
+                f"a batch axis, a channel axis and all axes from {self.shard_dim} on; anything else is taken for whole."
+            )
         rest = (root.training, torch.is_grad_enabled(), *(self._describe(leaf) for leaf in leaves))
-        heights = [leaf.shape[self.shard_dim] for leaf in fields]
-        padding = [-1] * (MAX_SHARDED_INPUTS - len(heights))
-        rows = gather_numbers([_digest(rest), _digest(generators), *heights, *padding], self.group)
+        numbers = [leaf.shape[self.shard_dim] | _order_code(leaf) << 32 for leaf in fields]
+        padding = [-1] * (MAX_SHARDED_INPUTS - len(numbers))
+        rows = gather_numbers([_digest(rest), *map(_digest, generators), *numbers, *padding], self.group)
         if len({(row[0], row.count(-1)) for row in rows}) > 1:
             self._refuse_disagreement(root, rest)
-        columns = iter([[row[2 + i] for row in rows] for i in range(len(fields))])
+        first = 1 + len(generators)
+        columns = iter([[row[first + i] for row in rows] for i in range(len(fields))])
         name = f"inputs of {type(root).__name__}"
         entered = [self._slab(leaf, next(columns), name) if self.is_field(leaf) else leaf for leaf in leaves]
-        return tree_unflatten(entered, structure), len({row[1] for row in rows}) == 1
+        differing = [i for i in range(len(generators)) if len({row[1 + i] for row in rows}) > 1]
+        return closed(tree_unflatten(entered, structure)), differing
 
-    def _slab(self, x: Tensor, heights: list[int], name: str) -> Slab:
-        length = check_lengths(heights, self.group, name)
-        partition = Partition(length, self.group.size)
-        return Slab(x, x.ndim + self.shard_dim, partition, self.group)
+    def _slab(self, x: Tensor, numbers: list[int], name: str) -> Slab:
+        length = check_lengths([number & 0xFFFFFFFF for number in numbers], self.group, name)
+        slab = Slab(x, x.ndim + self.shard_dim, Partition(length, self.group.size), self.group)
+        # As the first rank stores its rows: another may have but one, of which the order is not seen.
+        slab.strides = _strides(tuple(slab.shape), numbers[0] >> 32)
+        return slab
 
     def leave(self, output: Any) -> Any:
         """This rank's rows of the fields in `output`, whatever holds them."""
-        return tree_map(self._leave, output, is_leaf=lambda x: isinstance(x, Slab))
+        return closed(tree_map(self._leave, opened(output), is_leaf=lambda x: isinstance(x, Tensor)))
 
     def _leave(self, x: Any) -> Any:
-        if dataclasses.is_dataclass(x) and not isinstance(x, type):
-            fields = {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}
-            return dataclasses.replace(x, **{name: self.leave(value) for name, value in fields.items()})
+        x = as_whole(x)
         if not isinstance(x, Tensor):
             return x
         if isinstance(x, Slab):
@@ -117,7 +136,8 @@ class Border:
         shape = list(leaf.shape)
         if self.is_field(leaf):
             shape[self.shard_dim] = -1
-        return (*shape, str(leaf.dtype), leaf.requires_grad)
+            return (*shape, str(leaf.dtype), leaf.requires_grad)
+        return (*shape, str(leaf.dtype), leaf.requires_grad, _content(leaf))
 
     def _refuse_disagreement(self, root: nn.Module, rest: tuple) -> None:
         described = gather_texts(str(rest), self.group)
@@ -135,21 +155,59 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: RankGroup) -> Tensor:
         ctx.group = group
-        return x.view_as(x)
+        return x.view_as(x) if x.layout is torch.strided else x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return (grad if ctx.group.rank == 0 else torch.zeros_like(grad)), None
 
 
-def _generator_state() -> tuple:
-    """Where the random generators stand: the CPU's, and the current accelerator's if there is one."""
-    state: tuple = (hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=8).hexdigest(),)
+def _generator_states() -> tuple[Any, ...]:
+    """Where the random generators stand, as in GENERATORS; torch's is the CPU's and the current accelerator's."""
+    ours: tuple = (_of_bytes(torch.get_rng_state().numpy().tobytes()),)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        state += (generator.initial_seed(), generator.get_offset())
-    return state
+        ours += (generator.initial_seed(), generator.get_offset())
+    _, words, after = random.getstate()
+    state = np.random.get_state(legacy=False)["state"]
+    return (
+        ours,
+        (hash(words), after),
+        (state["pos"], _of_bytes(state["key"].tobytes())),
+    )
+
+
+def _content(x: Tensor) -> int | None:
+    """A digest of the values of `x`; None where there are none."""
+    if x.device.type == "meta" or x.layout is not torch.strided:
+        return None
+    x = x.detach().resolve_conj().resolve_neg()
+    if x.device.type != "cpu":
+        return int(torch.hash_tensor(torch.view_as_real(x) if x.is_complex() else x))
+    return _of_bytes(x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _order_code(x: Tensor) -> int:
+    """The axes in the order of memory, slowest first, as hexadecimal digits; 0 if that is their own order."""
+    strides = x.stride()
+    order = sorted(range(x.ndim), key=lambda axis: -strides[axis])
+    return 0 if order == [*range(x.ndim)] or x.ndim > 7 else sum(axis << 4 * i for i, axis in enumerate(order))
+
+
+def _strides(shape: tuple[int, ...], code: int) -> tuple[int, ...] | None:
+    if not code:
+        return None
+    order = [code >> 4 * i & 15 for i in range(len(shape))]
+    strides, step = [0] * len(shape), 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= max(shape[axis], 1)
+    return tuple(strides)
 
 
 def _digest(value: Any) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "big", signed=True)
+    return _of_bytes(repr(value).encode())
+
+
+def _of_bytes(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)

@@ -1,10 +1,10 @@
 """A tensor of which every rank holds its rows, and which a model takes for the whole.
 
 A `Slab` has the shape of the global field. Every torch function that meets one looks up its rule (the modules
-of `credit.domain_parallel.rules`), which works on this rank's rows and exchanges what it must; a function
-without a rule is refused with the module, the call and the remedy. So a model's own code never sees a local height,
-and nothing that mixes rows can pass unnoticed. Plain tensors beside slabs (weights, masks, positional embeddings) are
-whole, the same on every rank, and cut where they meet a slab.
+of `credit.domain_parallel.rules`), which works on this rank's rows and exchanges what it must; what has no rule, or
+no rule for such arguments, is computed on gathered operands (`credit.domain_parallel.gathered`). So a model's own code
+never sees a local height, and nothing that mixes rows can pass unnoticed. Plain tensors beside slabs (weights, masks,
+positional embeddings) are whole, the same on every rank, and cut where they meet a slab.
 
 Gradients: the cotangent of a plain tensor is the sum over the domain ranks of what each holds, as it is for
 weights. Autograd sees the local tensors alone.
@@ -12,6 +12,7 @@ weights. Autograd sees the local tensors alone.
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import sys
 import threading
@@ -25,24 +26,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from credit.domain_parallel.binding import bind, declarations
 from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.manager import DomainParallelError
-from credit.domain_parallel.partition import Partition, Span
+from credit.domain_parallel.partition import Partition
+from credit.domain_parallel.storage import Memory
 
 RULES: dict[Any, Callable[..., Any]] = {}
-"""What a torch function does when one of its arguments is a slab."""
+"""What a torch function does when one of its arguments is a slab, given the arguments as they are."""
 
 COMPOSITE: dict[Any, Callable[..., Any]] = {}
 """Torch functions written in Python whose own body is run, on slabs."""
 
-ASSIGN = "Assign to the tensor instead: x[rows] = x[rows] + y."
-"""The remedy where a slice is changed in place."""
+ASKS: set[Any] = set()
+"""Torch functions whose rules answer about a slab and make no other."""
 
 _REMEDIES = {
     "CheckpointFunction": "Give torch.utils.checkpoint use_reentrant=False.",
     "RegisterPostBackwardFunction": "After fully_shard(module), call show_rows_to_hooks(module) of this package.",
 }
 """For functions of torch's own."""
+
+_SIDE_DOOR = "Return it from the model's forward; what a forward keeps elsewhere stays inside."
 
 _NAMESPACES = {
     "torch": torch,
@@ -65,6 +70,13 @@ def getter(name: str) -> Any:
 _local_grad_fn = getter("grad_fn")
 
 
+class Declined(Exception):
+    """A rule has no answer to such arguments."""
+
+    def __str__(self) -> str:
+        return super().__str__() or "it has no rule for such arguments"
+
+
 class _State(threading.local):
     """Of the rank that runs in this thread.
 
@@ -84,6 +96,9 @@ class _State(threading.local):
 
 _state = _State()
 
+answers: list[Callable[[Any, tuple, dict], Any]] = []
+"""How a call that meets slabs is answered; `credit.domain_parallel.calls`, which is made of slabs, puts it here."""
+
 
 class Slab(torch.Tensor):
     """This rank's part of a global tensor.
@@ -92,8 +107,9 @@ class Slab(torch.Tensor):
         cut: the axis that is cut, counted from the front.
         partition: how it is cut.
         group: the ranks that share the tensor.
+        strides: of the whole tensor, had one device made it; None if that is contiguous.
+        memory: where the rows are, once other slabs are views of this one, or it of another.
         shared: rows fetched for several windows at once, see `share_halo`.
-        copies: whole tensors that torch would call views of this one, and their versions when they were made.
     """
 
     described: ClassVar[str] = "a field cut over ranks"
@@ -102,10 +118,10 @@ class Slab(torch.Tensor):
     cut: int
     partition: Partition
     group: RankGroup
-    shared: tuple[Span, Tensor] | None
-    copies: list[tuple[Tensor, int]]
+    strides: tuple[int, ...] | None
+    memory: Memory | None
+    shared: tuple[Any, ...] | None
     _local: Tensor
-    _source: tuple[Tensor, int] | None
 
     @staticmethod
     def __new__(cls, local: Tensor, cut: int, partition: Partition, group: RankGroup) -> Slab:
@@ -117,18 +133,18 @@ class Slab(torch.Tensor):
             cls, shape, dtype=local.dtype, device=local.device, requires_grad=local.requires_grad
         )
         self._local, self.cut, self.partition, self.group = local, cut, partition, group
-        self._source = self.shared = None
-        self.copies = []
+        self.strides = self.memory = self.shared = None
         return self
 
     @property
     def local(self) -> Tensor:
-        """This rank's rows.
+        """This rank's rows, as they are now.
 
         Raises:
-            DomainParallelError: if they are not to be had: the slab came out of a custom autograd function, or is
-                a slice of a tensor that was changed since.
+            DomainParallelError: if they are not to be had: the slab came out of a custom autograd function.
         """
+        if self.memory is not None and self.memory.view is not None:
+            self.memory.refresh()
         with torch._C.DisableTorchFunctionSubclass():
             function = _local_grad_fn(self)
             if function is not None:
@@ -138,35 +154,36 @@ class Slab(torch.Tensor):
                     "its backward does not know of the rows on other ranks",
                     _REMEDIES.get(name, ""),
                 )
-            if any(copy._version != version for copy, version in self.copies):
-                refuse("a tensor of which a slice was changed in place", "the slice was a copy", ASSIGN)
-            if self._source is not None and self._source[0]._version != self._source[1]:
-                refuse("a slice of a tensor that was then changed in place", "it holds the rows from before")
         return self._local
 
     def like(self, local: Tensor, cut: int | None = None, partition: Partition | None = None) -> Slab:
         """`local` as a slab that is cut like this one, or along `cut` as `partition` says."""
         return type(self)(local, self.cut if cut is None else cut, partition or self.partition, self.group)
 
-    def remember_source(self, base: Slab) -> Slab:
-        """Mark this slab as what torch calls a view of `base`, although its rows are a copy."""
-        self._source = (base._local, base._local._version)
-        return self
+    def alias(self) -> Slab:
+        """Another slab of the same memory."""
+        if self.memory is None:
+            self.memory = Memory(self._local)
+        other = self.like(self.local)
+        other.memory, other.strides = self.memory, self.strides
+        return other
+
+    def changed(self) -> None:
+        """To be called when the rows were changed in place: views see it, and gradients may be needed since."""
+        if self._local.requires_grad and not self.requires_grad:
+            self.requires_grad_(True)
+        if self.memory is not None:
+            self.memory.changed()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         observer = _state.observer
         if observer is not None:
             observer(func)
-        rule = RULES.get(func)
-        if rule is not None:
-            with torch._C.DisableTorchFunctionSubclass(), rules_of(Slab, func):
-                return rule(*args, **(kwargs or {}))
-        composite = COMPOSITE.get(func)
-        if composite is not None:
-            return composite(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
-            refuse(name_of(func), "it has no rule for a field cut over ranks")
+        with torch._C.DisableTorchFunctionSubclass(), rules_of(Slab, func):
+            if not is_inside_model() and func not in ASKS:
+                refuse(f"{name_of(func)}, outside of the model that made it,", "it left the model unseen", _SIDE_DOOR)
+            return answers[0](func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *unused: Any) -> Any:  # type: ignore[override]
@@ -263,16 +280,61 @@ def _each(args: tuple, kwargs: dict, kind: type, change: Callable[[Any], Any]) -
     return _pytree.tree_map(lambda x: change(x) if is_one(x) else x, (args, kwargs), is_leaf=is_one)
 
 
-def rule(*names: str) -> Callable[[Callable], Callable]:
-    """Register a function as the rule of torch functions: "conv2d" wherever it is found, "F.pad" there alone."""
+def rule(*names: str, **renamed: str) -> Callable[[Callable], Callable]:
+    """Register a function as the rule of torch functions: "conv2d" wherever it is found, "F.pad" there alone.
+
+    Its parameters have the names that torch declares (`input` for the first argument of a method), or those that
+    `renamed` gives for some of them. What it does not take is gathered.
+    """
 
     def register(function: Callable) -> Callable:
         for name in names:
             for func in torch_functions(name):
-                RULES[func] = function
+                register_rule(func, bound(func, function, renamed))
         return function
 
     return register
+
+
+def register_rule(func: Any, answer: Callable) -> None:
+    """Make `answer` the rule of `func`, which has none."""
+    if func in RULES:
+        raise TypeError(f"{name_of(func)} has two rules")
+    RULES[func] = answer
+
+
+def bound(func: Any, function: Callable, renamed: dict[str, str]) -> Callable:
+    """`function`, called with the arguments of a call of `func` as torch names them.
+
+    Raises:
+        TypeError: if it has parameters that torch does not declare, or swallows some.
+    """
+    parameters = inspect.signature(function).parameters
+    declared = {renamed.get(a.name, a.name): a for one in declarations(func) for a in one.arguments}
+    for name, parameter in parameters.items():
+        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) or name not in declared:
+            raise TypeError(f"the rule of {name_of(func)} takes {name}, and torch declares {[*declared]}")
+    taken = frozenset(parameters)
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        given = bind(func, args, kwargs)
+        if given is None:
+            raise Declined
+        if renamed:
+            given = {renamed.get(name, name): value for name, value in given.items()}
+        if not taken.issuperset(given):
+            for name in [*given]:
+                if name not in taken:
+                    if not _is_default(given[name], declared[name].default):
+                        raise Declined
+                    del given[name]
+        return function(**given)
+
+    return answer
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return value is default or (type(value) is type(default) and not isinstance(value, Tensor) and value == default)
 
 
 def torch_functions(name: str) -> list[Any]:
@@ -282,7 +344,7 @@ def torch_functions(name: str) -> list[Any]:
     found = [getattr(place, bare) for place in spaces if callable(getattr(place, bare, None))]
     if not found:
         raise LookupError(f"torch has no function {name}")
-    return found
+    return [*dict.fromkeys(found)]
 
 
 @contextmanager
@@ -314,16 +376,22 @@ def refuse(call: str, reason: str, remedy: str = "") -> NoReturn:
     raise _state.refusal
 
 
+def line_of(frame: FrameType | None) -> str:
+    """The line of the model's code that is being run in `frame` or called it; empty if there is none."""
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if not (name.startswith(_OWN) or name == "torch"):
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            return f"\n  {frame.f_code.co_filename}:{frame.f_lineno}: {line}"
+        frame = frame.f_back
+    return ""
+
+
 def whereabouts(frame: FrameType | None) -> tuple[str, str]:
     """The innermost module of the model that runs in `frame`, by its path, and the line of code it is at."""
     modules: list[nn.Module] = []
-    place = ""
+    place = line_of(frame)
     while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        own = name.startswith(_OWN) or name == "torch"
-        if not own and not place:
-            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-            place = f"\n  {frame.f_code.co_filename}:{frame.f_lineno}: {line}"
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module) and module not in modules:
             modules.append(module)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree
 
 from credit.domain_parallel.groups import Messages, RankGroup, Reduction
-from credit.domain_parallel.slab import COMPOSITE, RULES, Slab, name_of, refuse, rules_of, running
+from credit.domain_parallel.slab import ASKS, COMPOSITE, RULES, Declined, Slab, name_of, refuse, rules_of, running
 
 
 class ChannelGroup(RankGroup):
@@ -106,16 +106,19 @@ class Channels(Slab):
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         rule = RULES.get(func)
-        if rule == func:  # asked of the tensor itself: its shape, its type
+        if func in ASKS and rule == func:  # asked of the tensor itself: its shape, its type
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         with rules_of(cls, func):
             rule = rule or COMPOSITE.get(func)
-            if rule is None:
+            if rule is None or kwargs.get("out") is not None:
                 refuse(name_of(func), "it has no rule for them")
             group = _group_of(args, kwargs)
             args, kwargs = _pytree.tree_map_only(Tensor, lambda x: _enter(x, group), (args, kwargs))
-            return rule(*args, **kwargs)
+            try:
+                return rule(*args, **kwargs)
+            except Declined as declined:
+                refuse(name_of(func), str(declined))
 
 
 # As for Slab: opt_einsum picks the functions it calls by the name of the tensor's module.

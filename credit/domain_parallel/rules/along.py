@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from credit.domain_parallel.binding import bind
 from credit.domain_parallel.reshard import other_axis, reshard, whole
-from credit.domain_parallel.rules.pointwise import align, pointwise, result
-from credit.domain_parallel.rules.reductions import amax, amin, axes_of, drop
+from credit.domain_parallel.rules.pointwise import align, lead, pointwise, result
+from credit.domain_parallel.rules.reductions import amax, amin, axes_of, axis_of, drop
 from credit.domain_parallel.rules.views import roll
-from credit.domain_parallel.slab import RULES, Slab, either, is_slab, refuse, rule, torch_functions
+from credit.domain_parallel.slab import Declined, Slab, is_slab, register_rule, rule, torch_functions
 
 
 def elsewhere(function: Callable[[Tensor], Any], x: Slab, axes: Sequence[int]) -> Any:
@@ -38,68 +39,65 @@ def _back(out: Any, there: Slab, cut: int) -> Any:
     return reshard(moved, cut) if moved.shape[cut] >= moved.group.size else whole(moved)
 
 
-def _along(func: Any, default: int = -1) -> Any:
-    def call(x: Slab, *args: Any, **kwargs: Any) -> Any:
-        dim = kwargs.pop("axis", kwargs.pop("dim", None))
+Dims = Callable[[Tensor, dict[str, Any]], Sequence[int]]
+
+
+def _one(default: int | None) -> Dims:
+    """The axis that `dim` tells."""
+
+    def dims(x: Tensor, given: dict[str, Any]) -> Sequence[int]:
+        dim = given.get("dim", default)
         if dim is None:
-            dim, args = (args[0], args[1:]) if args and isinstance(args[0], int) else (default, args)
-        return elsewhere(lambda local: func(local, dim=dim % x.ndim, **kwargs), x, [dim % x.ndim])
+            raise Declined
+        return (axis_of(x, dim),)
+
+    return dims
+
+
+def along(func: Any, dims: Dims) -> Callable:
+    """The rule of a function of one tensor that runs along some axes, and keeps them.
+
+    All its other arguments are handed on; one of them that is a tensor is not known to be cut.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = bind(func, args, kwargs)
+        x = given and given.pop("input")
+        if not is_slab(x) or any(isinstance(value, Tensor) for value in given.values()):  # type: ignore[union-attr]
+            raise Declined
+        return _tuples(func, elsewhere(lambda local: func(local, **given), x, dims(x, given)))  # type: ignore[arg-type]
 
     return call
 
 
-def _softmax(func: Any) -> Any:
-    def call(x: Slab, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None, **kwargs: Any) -> Any:
-        if dim is None:
-            refuse(f"{func.__name__} without dim", "the axis is not told")
-        return elsewhere(lambda local: func(local, dim=dim, dtype=dtype), x, [dim % x.ndim])
-
-    return call
+def _tuples(func: Any, found: Any) -> Any:
+    """Several results under the names that torch gives them."""
+    kind = getattr(torch.return_types, func.__name__, None)
+    return kind(found) if kind is not None and isinstance(found, tuple) else found
 
 
-for _name in ("softmax", "log_softmax", "F.softmin"):
+for _name in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "softmax", "log_softmax", "F.softmin"):
     for _func in torch_functions(_name):
-        RULES[_func] = _softmax(_func)
-for _name in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "F.glu", "diff"):
+        register_rule(_func, along(_func, _one(None)))
+for _name in ("diff", "sort", "argsort", "topk", "F.glu"):
     for _func in torch_functions(_name):
-        RULES[_func] = _along(_func)
-
-
-@rule("sort")
-def sort(x: Slab, dim: int = -1, descending: bool = False, stable: bool = False) -> Any:
-    values = elsewhere(
-        lambda local: tuple(torch.sort(local, dim=dim, descending=descending, stable=stable)), x, [dim % x.ndim]
-    )
-    return torch.return_types.sort(values)
-
-
-@rule("argsort")
-def argsort(x: Slab, dim: int = -1, descending: bool = False, stable: bool = False) -> Any:
-    return sort(x, dim, descending, stable)[1]
-
-
-@rule("topk")
-def topk(x: Slab, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-    found = elsewhere(lambda local: tuple(torch.topk(local, k, dim, largest, sorted)), x, [dim % x.ndim])
-    return torch.return_types.topk(found)
+        register_rule(_func, along(_func, _one(-1)))
 
 
 def _pick(func: Any, extreme: Any) -> Any:
     """max, min, median: over all, of two tensors, or (values, indices) along an axis."""
 
-    def call(x: Slab, *args: Any, **kwargs: Any) -> Any:
-        other = args[0] if args else kwargs.get("other")
-        if isinstance(other, Tensor):
-            return pointwise(func)(x, other)
-        if not args and not kwargs:
-            if extreme is None:
-                refuse(f"{func.__name__} over all axes", "it has no rule")
-            return extreme(x)
-        dim = args[0] if args else kwargs["dim"]
-        keepdim = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
-        pair = elsewhere(lambda local: tuple(func(local, dim, True)), x, [dim % x.ndim])
-        pair = [_dropped(one, dim % x.ndim, keepdim) for one in pair]
-        return getattr(torch.return_types, func.__name__)(pair)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = bind(func, args, kwargs)
+        if given is None:
+            raise Declined
+        if "other" in given:
+            return pointwise(func)(given["input"], given["other"])
+        if "dim" in given:
+            return _reduced(func, given, None)
+        if extreme is None or not given["input"].is_floating_point():
+            raise Declined
+        return extreme(given["input"])
 
     return call
 
@@ -110,96 +108,106 @@ def _dropped(x: Tensor, dim: int, keepdim: bool) -> Any:
     return drop(x.local, x, (dim,), False) if is_slab(x) else x.squeeze(dim)
 
 
-for _name, _extreme in (("max", amax), ("min", amin), ("median", None)):
-    for _func in (getattr(torch, _name), getattr(torch.Tensor, _name)):
-        RULES[_func] = _pick(_func, _extreme)
+def _reduced(func: Any, given: dict[str, Any], default: int | None) -> Any:
+    """func(**given), which leaves one entry of an axis, for every other index."""
+    x, dim, keepdim = given.pop("input"), given.pop("dim", default), given.pop("keepdim", False)
+    if dim is None or not is_slab(x) or any(isinstance(value, Tensor) for value in given.values()):
+        raise Declined
+    axes = axes_of(x, dim)
+    out = elsewhere(lambda local: func(local, dim=dim, keepdim=True, **given), x, axes)
+
+    def dropped(one: Tensor) -> Any:
+        for axis in reversed(axes):
+            one = _dropped(one, axis, keepdim)
+        return one
+
+    return _tuples(func, tuple(map(dropped, out))) if isinstance(out, tuple) else dropped(out)
+
+
+for _name, _extreme in (("max", amax), ("min", amin), ("median", None), ("nanmedian", None)):
+    for _func in torch_functions(_name):
+        register_rule(_func, _pick(_func, _extreme))
 
 
 def _reducing(func: Any) -> Any:
-    """One axis, which is dropped unless keepdim."""
-
-    def call(x: Slab, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
-        if dim is None:
-            refuse(f"{func.__name__} over all axes", "it has no rule")
-        axes = axes_of(x, dim)
-        out = elsewhere(lambda local: func(local, dim=dim, keepdim=True, **kwargs), x, axes)
-        for axis in reversed(axes):
-            out = _dropped(out, axis, keepdim)
-        return out
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = bind(func, args, kwargs)
+        if given is None:
+            raise Declined
+        return _reduced(func, given, None)
 
     return call
 
 
-for _name in ("argmax", "argmin", "logsumexp", "nanmean", "nansum", "prod", "quantile", "nanmedian"):
+for _name in ("argmax", "argmin", "logsumexp", "nanmean", "nansum", "prod", "mode", "kthvalue"):
     for _func in torch_functions(_name):
-        RULES[_func] = _reducing(_func)
+        register_rule(_func, _reducing(_func))
 
 
-def _fourier(func: Any) -> Any:
-    several = func.__name__.endswith(("2", "n"))
+def _fourier_dims(several: bool, default: Any) -> Dims:
+    def dims(x: Tensor, given: dict[str, Any]) -> Sequence[int]:
+        dim, lengths = given.get("dim", default), given.get("s")
+        if several and dim is None:
+            dim = range(-len(lengths), 0) if lengths is not None else range(-x.ndim, 0)
+        return axes_of(x, dim)
 
-    def call(x: Slab, *args: Any, **kwargs: Any) -> Any:
-        names = ("s", "dim", "norm") if several else ("n", "dim", "norm")
-        kwargs |= dict(zip(names, args, strict=False))
-        dims = kwargs.get("dim") or ((-2, -1) if func.__name__.endswith("2") else None if several else -1)
-        if dims is None:
-            dims = range(-len(kwargs["s"]), 0) if kwargs.get("s") is not None else range(-x.ndim, 0)
-        return elsewhere(lambda local: func(local, **kwargs), x, axes_of(x, dims))
-
-    return call
+    return dims
 
 
 for _kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft"):
-    for _name in (_kind, f"{_kind}2", f"{_kind}n"):
+    for _name, _default in ((_kind, -1), (f"{_kind}2", (-2, -1)), (f"{_kind}n", None)):
         _func = getattr(torch.fft, _name)
-        RULES[_func] = _fourier(_func)
+        register_rule(_func, along(_func, _fourier_dims(not _name.endswith("fft"), _default)))
 
 
 def _shifted(func: Any) -> Any:
-    def call(x: Slab, dim: Any = None) -> Any:
-        dims = axes_of(x, dim)
+    def call(input: Slab, dim: Any = None) -> Any:
+        dims = axes_of(input, dim)
         sign = 1 if func is torch.fft.fftshift else -1
-        shifts = [x.shape[d] // 2 if sign > 0 else (x.shape[d] + 1) // 2 for d in dims]
-        return roll(x, shifts, dims)
+        shifts = [input.shape[d] // 2 if sign > 0 else (input.shape[d] + 1) // 2 for d in dims]
+        return roll(input, shifts, dims)
 
     return call
 
 
-for _func in (torch.fft.fftshift, torch.fft.ifftshift):
-    RULES[_func] = _shifted(_func)
+for _name in ("fft.fftshift", "fft.ifftshift"):
+    rule(_name)(_shifted(torch_functions(_name)[0]))
 
 
 @rule("cosine_similarity")
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Any:
-    like = either(x1, x2)
-    if dim % like.ndim == like.cut:
-        cut = other_axis(like, (dim % like.ndim,))
+    like = lead((x1, x2))
+    if (x1.shape, x1.ndim) != (x2.shape, x2.ndim):
+        raise Declined
+    axis = axis_of(like, dim)
+    if axis == like.cut:
+        cut = other_axis(like, (axis,))
         if cut is None:
             return F.cosine_similarity(whole(x1), whole(x2), dim, eps)
         like = reshard(like, cut)
     out = F.cosine_similarity(align(x1, like), align(x2, like), dim, eps)
-    return like.like(out, like.cut - (dim % like.ndim < like.cut))
+    return like.like(out, like.cut - (axis < like.cut))
 
 
 @rule("Tensor.unfold")
-def unfold(x: Slab, dimension: int, size: int, step: int) -> Any:
+def unfold(input: Slab, dimension: int, size: int, step: int) -> Any:
     """Windows along an axis: (..., length, ...) to (..., windows, ..., size)."""
-    axis = dimension % x.ndim
-    if axis != x.cut:
-        return x.like(x.local.unfold(axis, size, step), x.cut)
-    cut = other_axis(x, (axis,))
+    axis = axis_of(input, dimension)
+    if axis != input.cut:
+        return input.like(input.local.unfold(axis, size, step), input.cut)
+    cut = other_axis(input, (axis,))
     if cut is None:
-        return whole(x).unfold(axis, size, step)
-    there = reshard(x, cut)
+        return whole(input).unfold(axis, size, step)
+    there = reshard(input, cut)
     moved = there.like(there.local.unfold(axis, size, step))
-    return reshard(moved, axis) if moved.shape[axis] >= x.group.size else whole(moved)
+    return reshard(moved, axis) if moved.shape[axis] >= input.group.size else whole(moved)
 
 
-@rule("gather", "take_along_dim")
-def gather(x: Tensor, dim: int, index: Tensor, **kwargs: Any) -> Any:
-    if isinstance(dim, Tensor):
-        dim, index = index, dim
-    like = either(x, index)
-    if dim % like.ndim != like.cut and is_slab(x):
-        return like.like(torch.gather(x.local, dim, align(index, like)))
-    return torch.gather(whole(x), dim, whole(index))
+@rule("gather")
+def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
+    """Local where the cut is along another axis, of which the index has as many entries."""
+    like = lead((input, index))
+    axis = axis_of(input, dim)
+    if input.ndim == 0 or axis == like.cut or input.shape[like.cut] != index.shape[like.cut]:
+        raise Declined
+    return like.like(torch.gather(align(input, like), dim, align(index, like), sparse_grad=sparse_grad))

@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from credit.domain_parallel.reshard import AllSum, cut_along, reshard, whole
-from credit.domain_parallel.rules.pointwise import align, pointwise, result
-from credit.domain_parallel.slab import COMPOSITE, RULES, Slab, either, is_slab, refuse, rule
+from credit.domain_parallel.rules.pointwise import align, lead, pointwise, result
+from credit.domain_parallel.rules.reductions import axis_of
+from credit.domain_parallel.slab import COMPOSITE, Declined, Slab, is_slab, rule
 
 
 def contract(func: Any, operands: list[Tensor], letters: list[str], out: str) -> Any:
     """func(*operands), whose axes are named by `letters` and those of the result by `out`."""
+    if any(len(names) != x.ndim for x, names in zip(operands, letters, strict=True)):
+        raise Declined
     cuts = [(x, names[x.cut]) for x, names in zip(operands, letters, strict=True) if is_slab(x)]
     # A letter that survives is better than one that is summed over: the ranks' results need no sum.
     like, letter = min(cuts, key=lambda cut: (cut[1] not in out, -cut[0].numel()))
@@ -33,19 +36,26 @@ def contract(func: Any, operands: list[Tensor], letters: list[str], out: str) ->
 
 def _cut_along(x: Tensor, names: str, letter: str, like: Slab) -> Tensor:
     axis = names.find(letter)
-    if axis < 0 or x.shape[axis] != like.shape[like.cut]:
+    if axis < 0 or x.shape[axis] == 1:
         return whole(x)
+    if x.shape[axis] != like.shape[like.cut]:
+        raise Declined
     return cut_along(x, axis, like)
 
 
 @rule("einsum")
-def einsum(equation: Any, *operands: Any) -> Any:
-    if not isinstance(equation, str):
-        refuse("einsum in sublist format", "it has no rule", "Write the equation as a string.")
+def einsum(args: tuple) -> Any:
+    equation, *operands = args
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
-        operands = tuple(operands[0])
+        operands = [*operands[0]]
+    if not isinstance(equation, str) or not all(isinstance(x, Tensor) for x in operands):
+        raise Declined
     left, arrow, out = equation.replace(" ", "").partition("->")
     letters = left.split(",")
+    if len(letters) != len(operands) or any(
+        x.ndim < len(n.replace("...", "")) for x, n in zip(operands, letters, strict=True)
+    ):
+        raise Declined
     spare = [letter for letter in string.ascii_letters if letter not in equation]
     widest = max([x.ndim - len(names) + 3 for x, names in zip(operands, letters, strict=True) if "..." in names] or [0])
     dots = "".join(spare[:widest])
@@ -58,41 +68,45 @@ def einsum(equation: Any, *operands: Any) -> Any:
         out = dots + "".join(sorted({c for c in joined if joined.count(c) == 1 and c not in dots}))
     out = out.replace("...", dots)
     if any(len(set(names)) < len(names) for names in letters):
-        refuse("einsum along a diagonal", "it has no rule")
-    return contract(lambda *xs: torch.einsum(f"{','.join(letters)}->{out}", *xs), list(operands), letters, out)
+        raise Declined  # a diagonal
+    return contract(lambda *xs: torch.einsum(f"{','.join(letters)}->{out}", *xs), operands, letters, out)
 
 
 @rule("tensordot")
-def tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: None = None) -> Any:
+def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> Any:
     if isinstance(dims, int):
         dims = (range(a.ndim - dims, a.ndim), range(dims))
+    if isinstance(dims, Tensor) or not all(isinstance(one, list | tuple | range) for one in dims):
+        raise Declined
     of_a, of_b = list(string.ascii_lowercase[: a.ndim]), list(string.ascii_uppercase[: b.ndim])
-    pairs = [(i % a.ndim, j % b.ndim) for i, j in zip(*dims, strict=True)]
+    pairs = [(axis_of(a, i), axis_of(b, j)) for i, j in zip(*dims, strict=True)]
     for i, j in pairs:
         of_b[j] = of_a[i]
     kept_a = [c for i, c in enumerate(of_a) if i not in [i for i, _ in pairs]]
     kept_b = [c for j, c in enumerate(of_b) if j not in [j for _, j in pairs]]
     left, right, out_letters = "".join(of_a), "".join(of_b), "".join(kept_a + kept_b)
-    return einsum(f"{left},{right}->{out_letters}", a, b)
+    return einsum((f"{left},{right}->{out_letters}", a, b))
 
 
 @rule("F.linear")
 def linear(input: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if is_slab(weight) or is_slab(bias):
-        refuse("a linear layer whose weight is a field", "it has no rule")
+    if is_slab(weight) or is_slab(bias) or weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
+        raise Declined
     if input.cut < input.ndim - 1:
         return input.like(F.linear(input.local, weight, bias))
     names = string.ascii_letters[: input.ndim]
     product = contract(torch.matmul, [input, weight.t()], [names, f"{names[-1]}Z"], f"{names[:-1]}Z")
-    return product if bias is None else torch.add(product, bias)
+    if bias is None:
+        return product
+    return product.like(product.local + bias) if is_slab(product) else product + bias
 
 
 @rule("bilinear")
-def bilinear(x1: Tensor, x2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    like = either(x1, x2)
-    if like.cut == like.ndim - 1:
-        refuse("bilinear over the cut axis", "it has no rule")
-    return like.like(F.bilinear(align(x1, like), align(x2, like), weight, bias))
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    like = lead((input1, input2))
+    if like.cut == like.ndim - 1 or is_slab(weight) or is_slab(bias) or input1.shape[:-1] != input2.shape[:-1]:
+        raise Declined
+    return like.like(F.bilinear(align(input1, like), align(input2, like), weight, bias))
 
 
 def _matrix_letters(a: Tensor, b: Tensor) -> tuple[list[str], str]:
@@ -102,17 +116,21 @@ def _matrix_letters(a: Tensor, b: Tensor) -> tuple[list[str], str]:
     return [of_a, of_b], batch + ("M" if a.ndim > 1 else "") + ("N" if b.ndim > 1 else "")
 
 
-@rule("matmul", "bmm", "mm", "mv", "dot", "__matmul__")
-def matmul(a: Tensor, b: Tensor) -> Any:
-    return contract(torch.matmul, [a, b], *_matrix_letters(a, b))
+@rule("matmul", "bmm", "mm", "mv", "dot", "__matmul__", mat2="other", vec="other", tensor="other")
+def matmul(input: Tensor, other: Tensor) -> Any:
+    return contract(torch.matmul, [input, other], *_matrix_letters(input, other))
 
 
-RULES[torch.Tensor.__rmatmul__] = lambda b, a: matmul(a, b)
+@rule("Tensor.__rmatmul__")
+def rmatmul(input: Tensor, other: Tensor) -> Any:
+    return matmul(other, input)
 
 
-@rule("addmm", "baddbmm")
+@rule("addmm", "baddbmm", mat1="a", mat2="b", batch1="a", batch2="b")
 def addmm(input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    product = matmul(a, b)
+    if beta == 0 or not input.is_floating_point():
+        raise Declined  # torch then ignores what the first tensor holds; integers do not multiply by fractions
+    product = contract(torch.matmul, [a, b], *_matrix_letters(a, b)) if is_slab(a) or is_slab(b) else a @ b
     multiply, add = pointwise(torch.mul), pointwise(torch.add)
     if not is_slab(product):
         return beta * whole(input) + alpha * product
@@ -132,8 +150,8 @@ def scaled_dot_product_attention(
 ) -> Any:
     """Cut along a batch-like axis: local. Cut along the tokens: every rank asks all keys for its own queries."""
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-    if dropout_p:
-        refuse("attention with dropout", "torch draws the mask inside, for local rows", "Set its dropout to 0.")
+    if dropout_p or min(query.ndim, key.ndim, value.ndim) < 2 or (attn_mask is not None and is_causal):
+        raise Declined  # torch draws the dropped weights inside, in the order of all queries
     if not is_slab(query):
         return F.scaled_dot_product_attention(
             query, whole(key), whole(value), whole(attn_mask), is_causal=is_causal, **options
@@ -157,8 +175,10 @@ def scaled_dot_product_attention(
 
 def _batch_part(x: Tensor, query: Slab, axis: int) -> Tensor:
     """The keys or values that belong to this rank's part of a batch-like axis."""
-    if x.ndim + axis < 0 or x.shape[axis] != query.shape[axis]:
+    if x.ndim + axis < 0 or x.shape[axis] == 1:
         return whole(x)
+    if x.shape[axis] != query.shape[axis]:
+        raise Declined
     return cut_along(x, x.ndim + axis, query)
 
 

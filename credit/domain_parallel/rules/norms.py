@@ -18,7 +18,7 @@ from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.reshard import is_dealt_evenly, own
 from credit.domain_parallel.rules.contract import run_body
 from credit.domain_parallel.rules.reductions import axes_of
-from credit.domain_parallel.slab import COMPOSITE, Slab, refuse, rule
+from credit.domain_parallel.slab import COMPOSITE, Declined, Slab, is_slab, rule
 
 Moments = tuple[Tensor, Tensor]
 
@@ -139,6 +139,10 @@ def standardize(
     center: bool = True,
 ) -> tuple[Slab, Tensor, Tensor]:
     """The rows of `x`, viewed as `shape`, standardized over `dims` of that view; moments keep these axes."""
+    if not eps >= 0 or not x.is_floating_point():
+        raise Declined
+    if bias is not None and weight is None:
+        weight = torch.ones_like(bias)
     local = x.local.reshape(tuple(shape))
     ours = prod(local.shape[d] for d in dims)
     rows = len(x.partition.range(x.group.rank))
@@ -149,28 +153,28 @@ def standardize(
     return x.like(y.reshape(x.local.shape)), mean, variance
 
 
+def _refuse_cut(*others: Any) -> None:
+    """Weights and statistics that are cut themselves are not for these rules."""
+    if any(is_slab(x) for x in others):
+        raise Declined
+
+
 @rule("F.group_norm", "torch.group_norm")
 def group_norm(
-    input: Slab,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *unused: Any,
+    input: Slab, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Slab:
+    _refuse_cut(weight, bias)
     if input.cut == 0:
         return input.like(F.group_norm(input.local, num_groups, weight, bias, eps))
     if input.cut == 1:
         if not is_dealt_evenly(input, num_groups):
-            refuse("group_norm of a field whose channels are cut", "its groups do not divide over the ranks")
+            raise Declined("its groups do not divide over the ranks")
         weight, bias = (None if w is None else own(w, 0, input) for w in (weight, bias))
         return input.like(F.group_norm(input.local, num_groups // input.group.size, weight, bias, eps))
     batch, channels = input.shape[:2]
     each = channels // num_groups
     view = (1, num_groups, each, 1)
     weight, bias = (None if w is None else w.view(view) for w in (weight, bias))
-    if bias is not None and weight is None:
-        weight = torch.ones_like(bias)
     local = prod(input.local.shape[2:])
     return standardize(input, (batch, num_groups, each, local), (2, 3), weight, bias, eps)[0]
 
@@ -186,14 +190,15 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Slab:
+    _refuse_cut(running_mean, running_var, weight, bias)
     if not use_input_stats or input.cut == 0:
-        if running_mean is not None and use_input_stats:
-            refuse("instance_norm with running statistics of a cut batch", "it has no rule")
+        if (running_mean is not None and use_input_stats) or input.cut == 1:
+            raise Declined
         return input.like(
             F.instance_norm(input.local, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
         )
     if input.cut == 1:
-        refuse("instance_norm of a field whose channels are cut", "it has no rule")
+        raise Declined
     batch, channels = input.shape[:2]
     weight, bias = (None if w is None else w.view(1, channels, 1) for w in (weight, bias))
     shape = (batch, channels, prod(input.local.shape[2:]))
@@ -223,8 +228,11 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Slab:
+    _refuse_cut(running_mean, running_var, weight, bias)
     if input.cut == 1:
-        refuse("batch_norm of a field whose channels are cut", "it has no rule")
+        raise Declined("it is a norm of a field whose channels are cut")
+    if (running_mean is None) != (running_var is None):
+        raise Declined
     if not training:
         return input.like(F.batch_norm(input.local, running_mean, running_var, weight, bias, False, momentum, eps))
     channels, count = input.shape[1], input.numel() // input.shape[1]
@@ -255,6 +263,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Slab:
+    _refuse_cut(weight, bias)
     dims = _over_last(input, normalized_shape)
     if dims is None:
         return input.like(F.layer_norm(input.local, tuple(normalized_shape), weight, bias, eps))
@@ -266,6 +275,7 @@ def layer_norm(
 def rms_norm(
     input: Slab, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Slab:
+    _refuse_cut(weight)
     dims = _over_last(input, normalized_shape)
     if dims is None:
         return input.like(F.rms_norm(input.local, tuple(normalized_shape), weight, eps))

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from credit.domain_parallel.calls import POINTWISE
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import cut_along, own, whole
-from credit.domain_parallel.slab import ASSIGN, RULES, Slab, getter, is_slab, refuse, rule, torch_functions
+from credit.domain_parallel.slab import (
+    RULES,
+    Declined,
+    Slab,
+    getter,
+    is_slab,
+    register_rule,
+    rule,
+    torch_functions,
+)
 
 UNARY = """
 abs absolute acos acosh angle arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh bitwise_not ceil
@@ -40,23 +50,25 @@ relu_ F.elu_ F.leaky_relu_ F.hardtanh_ F.threshold_ F.celu_ F.selu_ zero_ fill_ 
 """
 
 
-def _operands(args: tuple, kwargs: dict) -> list[Tensor]:
-    return [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-
-
 def align(x: Any, like: Slab) -> Any:
     """This rank's part of `x` where it broadcasts against `like`; what is no tensor, as it is."""
     if not isinstance(x, Tensor):
         return x
-    from_end = like.cut - like.ndim
-    axis = x.ndim + from_end
-    runs_along = axis >= 0 and x.shape[axis] == like.shape[like.cut]
-    return cut_along(x, axis, like) if runs_along else whole(x)
+    axis = x.ndim + like.cut - like.ndim
+    if axis < 0 or x.shape[axis] == 1:
+        return whole(x)
+    if x.shape[axis] != like.shape[like.cut]:
+        raise Declined
+    return cut_along(x, axis, like)
 
 
-def lead(operands: list[Tensor]) -> Slab:
+def lead(operands: Iterable[Any]) -> Slab:
     """The slab after which the others are cut: of the most axes, plainly cut rather than merged."""
     slabs = [x for x in operands if is_slab(x)]
+    if len(slabs) == 1:
+        return slabs[0]
+    if not slabs:
+        raise Declined
     return min(slabs, key=lambda x: (-x.ndim, not x.partition.is_plain))
 
 
@@ -71,48 +83,30 @@ def result(out: Any, like: Slab, cut_from_end: int | None = None, partition: Par
 
 
 def pointwise(func: Any) -> Any:
+    """The rule of a function of corresponding entries: it takes any arguments, and hands all of them on."""
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("out") is not None:
-            refuse(f"{func.__name__} with out=", "the rows of the result are on several ranks")
-        like = lead(_operands(args, kwargs))
+        like = lead((*args, *kwargs.values()) if kwargs else args)
         out = func(*[align(x, like) for x in args], **{name: align(x, like) for name, x in kwargs.items()})
-        if is_slab(args[0]) and out is args[0]._local and func.__name__ not in ("contiguous", "__pos__"):
-            writable(args[0], func.__name__)  # inplace=True
-            return updated(args[0])
-        return result(out, like)
+        first = args[0] if args else like
+        return first if is_slab(first) and out is first._local else result(out, like)
 
     return call
 
 
 def in_place(func: Any) -> Any:
+    """The rule of a function that changes its first argument to one of corresponding entries."""
+
     def call(target: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not is_slab(target):
             return func(target, *[whole(x) for x in args], **{name: whole(x) for name, x in kwargs.items()})
-        writable(target, func.__name__)
-        func(target.local, *[align(x, target) for x in args], **{name: align(x, target) for name, x in kwargs.items()})
-        return updated(target)
+        given = [align(x, target) for x in args], {name: align(x, target) for name, x in kwargs.items()}
+        if any(isinstance(x, Tensor) and x.ndim > target.ndim for x in (*args, *kwargs.values())):
+            raise Declined
+        func(target.local, *given[0], **given[1])
+        return target
 
     return call
-
-
-def writable(target: Slab, call: str) -> None:
-    """Refuse to write to a slice whose rows are copies: torch would change the tensor it was cut from, too."""
-    if target._source is not None:
-        refuse(
-            f"{call} on a slice",
-            "its rows are copies, and the tensor it was cut from would not change",
-            ASSIGN,
-        )
-    # Its place in the list, the loop and the argument make three references; a fourth is the model's.
-    if any(sys.getrefcount(copy) > 3 for copy, _ in target.copies):
-        refuse(f"{call} on a tensor of which a slice is in use", "the slice is a copy, and would not change", ASSIGN)
-
-
-def updated(target: Slab) -> Slab:
-    """`target` after its rows were changed in place, when they may need gradients for the first time."""
-    if target._local.requires_grad and not target.requires_grad:
-        target.requires_grad_(True)
-    return target
 
 
 def _exists(name: str) -> bool:
@@ -122,53 +116,66 @@ def _exists(name: str) -> bool:
         return False
 
 
+def _register(func: Any, answer: Any) -> None:
+    if func not in RULES:
+        register_rule(func, answer)
+        POINTWISE.add(func)
+
+
 for _name in (*UNARY.split(), *BINARY.split()):
     if _exists(_name):
         for _func in torch_functions(_name):
-            RULES[_func] = pointwise(_func)
+            _register(_func, pointwise(_func))
     if _exists(f"{_name}_") and not _name.startswith(("__", "F.", "nn.")):
         for _func in torch_functions(f"{_name}_"):
-            RULES[_func] = in_place(_func)
+            _register(_func, in_place(_func))
 for _name in IN_PLACE.split():
     for _func in torch_functions(_name):
-        RULES[_func] = in_place(_func)
+        _register(_func, in_place(_func))
 for _getter in map(getter, ("real", "imag", "data")):
-    RULES[_getter] = pointwise(_getter)
-
-
-def _like_first(func: Any) -> Any:
-    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The other tensors tell a type, no values."""
-        others = [other.local if is_slab(other) else other for other in args]
-        return result(func(x.local, *others, **kwargs), x) if is_slab(x) else func(x, *others, **kwargs)
-
-    return call
+    _register(_getter, pointwise(_getter))
 
 
 def where(*args: Any, **kwargs: Any) -> Any:
     if len(args) + len(kwargs) == 1:
-        refuse("torch.where of a condition alone", "the number of entries each rank would hold is not known")
+        raise Declined  # the number of entries each rank would hold is not known
     return pointwise(torch.where)(*args, **kwargs)
 
 
 RULES[torch.where] = where
 
 
+def _as_other(func: Any) -> Any:
+    """The other tensors tell a type, no values."""
+
+    def call(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        others = [other._local if is_slab(other) else other for other in args]
+        kwargs = {name: other._local if is_slab(other) else other for name, other in kwargs.items()}
+        if not is_slab(input):
+            return func(input, *others, **kwargs)
+        out = func(input.local, *others, **kwargs)
+        return input if out is input._local and func is not torch.Tensor.contiguous else result(out, input)
+
+    return call
+
+
 for _name in ("to", "type_as", "zeros_like", "ones_like", "full_like", "empty_like"):
     for _func in torch_functions(_name):
-        RULES[_func] = _like_first(_func)
+        register_rule(_func, _as_other(_func))
 
 
 def _new(func: Any) -> Any:
-    return lambda x, *args, **kwargs: func(x.local, *args, **kwargs)
+    return lambda input, *args, **kwargs: func(input._local, *args, **kwargs)
 
 
 for _name in ("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"):
-    RULES[getattr(torch.Tensor, _name)] = _new(getattr(torch.Tensor, _name))
+    register_rule(getattr(torch.Tensor, _name), _new(getattr(torch.Tensor, _name)))
 
 
 @rule("prelu")
-def prelu(x: Slab, weight: Tensor) -> Slab:
+def prelu(input: Slab, weight: Tensor) -> Slab:
     """One slope for all, or one a channel (axis 1)."""
-    mine = own(weight, 0, x) if x.cut == 1 and weight.numel() > 1 else weight
-    return result(F.prelu(x.local, mine), x)
+    if is_slab(weight) or not is_slab(input):
+        raise Declined
+    mine = own(weight, 0, input) if input.cut == 1 and weight.numel() > 1 else weight
+    return result(F.prelu(input.local, mine), input)

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from credit.domain_parallel.binding import bind
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, Taps, Window, make_plan
-from credit.domain_parallel.reshard import other_axis, own, recut, reshard, whole
+from credit.domain_parallel.reshard import cut_along, other_axis, own, recut, reshard, whole
 from credit.domain_parallel.rules.along import elsewhere
 from credit.domain_parallel.rules.pointwise import pointwise
-from credit.domain_parallel.rules.reductions import amax, mean, sum_
+from credit.domain_parallel.rules.reductions import mean, sum_
 from credit.domain_parallel.rules.windows import fetch, per_axis, with_axis
-from credit.domain_parallel.slab import RULES, Slab, is_slab, refuse, rule
+from credit.domain_parallel.slab import Declined, Slab, is_slab, register_rule, rule
 
 MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -62,12 +63,9 @@ def _max_pool(axes: int) -> Any:
         padding: Any = 0,
         dilation: Any = 1,
         ceil_mode: bool = False,
-        return_indices: bool = False,
     ) -> Any:
-        if return_indices:
-            refuse("max pooling with indices", "they count the rows of the whole field")
         k = per_axis(kernel_size, axes)
-        s = k if stride is None or stride == [] else per_axis(stride, axes)
+        s = per_axis(stride, axes) if stride or isinstance(stride, int) else k
         p, d = per_axis(padding, axes), per_axis(dilation, axes)
         lowest = -float("inf") if input.is_floating_point() else torch.iinfo(input.dtype).min
 
@@ -80,6 +78,16 @@ def _max_pool(axes: int) -> Any:
 
 
 def _avg_pool(axes: int) -> Any:
+    def without_divisor(
+        input: Slab,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+    ) -> Any:
+        return call(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
+
     def call(
         input: Slab,
         kernel_size: Any,
@@ -90,7 +98,7 @@ def _avg_pool(axes: int) -> Any:
         divisor_override: int | None = None,
     ) -> Any:
         k = per_axis(kernel_size, axes)
-        s = k if stride is None or stride == [] else per_axis(stride, axes)
+        s = per_axis(stride, axes) if stride or isinstance(stride, int) else k
         p, d = per_axis(padding, axes), [1] * axes
 
         def function(x: Tensor) -> Tensor:
@@ -101,7 +109,7 @@ def _avg_pool(axes: int) -> Any:
             return y
         return _recount(y, input, axes, k, s, p, count_include_pad, divisor_override)
 
-    return call
+    return without_divisor if axes == 1 else call
 
 
 def _recount(y: Any, x: Slab, axes: int, k: list, s: list, p: list, include: bool, divisor: int | None) -> Any:
@@ -124,19 +132,19 @@ def _recount(y: Any, x: Slab, axes: int, k: list, s: list, p: list, include: boo
 
 
 for _axes in (1, 2, 3):
-    RULES[MAX_POOL[_axes]] = RULES[getattr(torch, f"max_pool{_axes}d")] = _max_pool(_axes)
-    RULES[AVG_POOL[_axes]] = _avg_pool(_axes)
+    rule(f"max_pool{_axes}d")(_max_pool(_axes))
+    rule(f"avg_pool{_axes}d")(_avg_pool(_axes))
 
 
 def _adaptive(axes: int, average: bool) -> Any:
-    def call(input: Slab, output_size: Any, return_indices: bool = False) -> Any:
-        if return_indices:
-            refuse("max pooling with indices", "they count the rows of the whole field")
+    def call(input: Slab, output_size: Any) -> Any:
         dims = tuple(range(input.ndim - axes, input.ndim))
+        if isinstance(output_size, list | tuple) and len(output_size) == 1 < axes:
+            output_size = output_size[0]
         size = [output_size] * axes if isinstance(output_size, int) or output_size is None else list(output_size)
         size = [input.shape[d] if n is None else n for d, n in zip(dims, size, strict=True)]
-        if all(n == 1 for n in size):
-            return mean(input, dims, True) if average else amax(input, dims, True)
+        if average and all(n == 1 for n in size):
+            return mean(input, dims, True)
         kind = "avg" if average else "max"
         function = getattr(F, f"adaptive_{kind}_pool{axes}d")
         if not average or input.cut not in dims:
@@ -149,9 +157,8 @@ def _adaptive(axes: int, average: bool) -> Any:
 
 
 for _axes in (1, 2, 3):
-    RULES[getattr(F, f"adaptive_avg_pool{_axes}d")] = _adaptive(_axes, True)
-    RULES[getattr(F, f"adaptive_max_pool{_axes}d")] = _adaptive(_axes, False)
-RULES[torch.adaptive_avg_pool1d] = _adaptive(1, True)
+    rule(f"adaptive_avg_pool{_axes}d")(_adaptive(_axes, True))
+    rule(f"F.adaptive_max_pool{_axes}d")(_adaptive(_axes, False))
 
 
 @cache
@@ -171,17 +178,16 @@ def _apply_taps(x: Slab, taps: Taps, others: Any) -> Any:
     """`others` does the axes that are not cut and keeps this one; then this one by its taps."""
     out, axis = len(taps.rows), x.cut
     if out < x.group.size:
-        return _weighted_rows(others(whole(x)), taps, range(out), axis)
+        return _weighted_rows(others(whole(x)), taps, range(out), 0, axis)
     target = Partition(out, x.group.size)
     plan = make_plan(taps, x.partition, x.group.rank, target)
     local = others(exchange(x.local, plan, axis, x.group))
-    return x.like(_weighted_rows(local, taps, plan.out, axis), partition=target)
+    return x.like(_weighted_rows(local, taps, plan.out, taps.needs(plan.out, 0)[0], axis), partition=target)
 
 
-def _weighted_rows(x: Tensor, taps: Taps, out: Sequence[int], dim: int) -> Tensor:
-    """Rows `out` of the operator `taps`, from the rows they need."""
-    rows = torch.tensor([taps.rows[o] for o in out], device=x.device)
-    rows -= rows.min()
+def _weighted_rows(x: Tensor, taps: Taps, out: Sequence[int], first: int, dim: int) -> Tensor:
+    """Rows `out` of the operator `taps`, from rows of which `first` is the first."""
+    rows = torch.tensor([taps.rows[o] for o in out], device=x.device) - first
     weights = torch.tensor([taps.weights[o] for o in out], dtype=x.dtype, device=x.device)
     if rows.shape[1] == 1:
         return x.index_select(dim, rows[:, 0])
@@ -217,6 +223,7 @@ def interpolate(
         spatial,
         axis,
         tuple(sorted(options.items())),
+        torch.float64 if input.dtype == torch.float64 else torch.float32,
     )
     same_rows = (sizes is not None and sizes[axis] == input.shape[input.cut]) or (
         scales is not None and scales[axis] == 1
@@ -242,15 +249,22 @@ def _floats(scale: Any, axes: int) -> list[float]:
 
 @lru_cache(maxsize=256)
 def _taps(
-    length: int, size: int | None, scale: float | None, mode: str, spatial: int, axis: int, options: tuple
+    length: int,
+    size: int | None,
+    scale: float | None,
+    mode: str,
+    spatial: int,
+    axis: int,
+    options: tuple,
+    kind: torch.dtype,
 ) -> Taps:
-    """Rows and weights of `F.interpolate` along one axis, measured on unit vectors in float64.
+    """Rows and weights of `F.interpolate` along one axis, measured on unit vectors of the type torch computes in.
 
     So they follow torch's coordinate conventions exactly.
     """
     # Two columns, as torch's antialiasing is wrong on a field of one (seen with 2.13).
     others: tuple[int, ...] = (2,) * spatial
-    units = torch.eye(length, dtype=torch.float64).view(1, length, *with_axis((1,) * spatial, axis, length))
+    units = torch.eye(length, dtype=kind).view(1, length, *with_axis((1,) * spatial, axis, length))
     units = units.expand(1, length, *with_axis(others, axis, length)).contiguous()
     resized = F.interpolate(
         units,
@@ -271,7 +285,7 @@ def _taps(
 @rule("pixel_shuffle")
 def pixel_shuffle(input: Slab, upscale_factor: int) -> Slab:
     if input.cut == input.ndim - 3:
-        refuse("pixel_shuffle of a field whose channels are cut", "it has no rule")
+        raise Declined
     local = F.pixel_shuffle(input.local, upscale_factor)
     if input.cut < input.ndim - 3:
         return input.like(local)
@@ -282,7 +296,7 @@ def pixel_shuffle(input: Slab, upscale_factor: int) -> Slab:
 @rule("pixel_unshuffle")
 def pixel_unshuffle(input: Slab, downscale_factor: int) -> Any:
     if input.cut == input.ndim - 3:
-        refuse("pixel_unshuffle of a field whose channels are cut", "it has no rule")
+        raise Declined
     if input.cut < input.ndim - 3:
         return input.like(F.pixel_unshuffle(input.local, downscale_factor))
     rows = input.shape[input.cut] // downscale_factor
@@ -295,24 +309,32 @@ def pixel_unshuffle(input: Slab, downscale_factor: int) -> Any:
 @rule("channel_shuffle")
 def channel_shuffle(input: Slab, groups: int) -> Slab:
     if input.cut == 1:
-        refuse("channel_shuffle of a field whose channels are cut", "it has no rule")
+        raise Declined
     return input.like(torch.channel_shuffle(input.local, groups))
 
 
 @rule("F.grid_sample")
-def grid_sample(input: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> Any:
+def grid_sample(
+    input: Tensor,
+    grid: Tensor,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool | None = None,
+) -> Any:
     """Any input row may be read: the field is made whole, the output is cut as the grid is."""
-    input = whole(input)
-    if not is_slab(grid):
-        return F.grid_sample(input, grid, *args, **kwargs)
+    if not is_slab(grid) or grid.cut == grid.ndim - 1:
+        raise Declined
+    options = (mode, padding_mode, align_corners)
     if grid.cut == 0:
-        return grid.like(F.grid_sample(own(input, 0, grid), grid.local, *args, **kwargs), 0)
-    return grid.like(F.grid_sample(input, grid.local, *args, **kwargs), grid.cut + 1)
+        return grid.like(F.grid_sample(cut_along(input, 0, grid), grid.local, *options), 0)
+    return grid.like(F.grid_sample(whole(input), grid.local, *options), grid.cut + 1)
 
 
 @rule("F.unfold")
 def unfold(input: Slab, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> Any:
     """(batch, channels, *space) to (batch, channels * kernel, windows), with batch or channels cut."""
+    if input.ndim != 4:
+        raise Declined
     cut = input.cut if input.cut < 2 else other_axis(input, tuple(range(2, input.ndim)))
     if cut is None:
         return F.unfold(whole(input), kernel_size, dilation, padding, stride)
@@ -323,18 +345,19 @@ def unfold(input: Slab, kernel_size: Any, dilation: Any = 1, padding: Any = 0, s
     return x.like(local, cut, Partition(p.rows, p.parts, p.outer, inner))
 
 
-@rule("F.fold")
-def fold(input: Slab, *args: Any, **kwargs: Any) -> Tensor:
-    return F.fold(whole(input), *args, **kwargs)
-
-
 def _loss(func: Any) -> Any:
-    def call(input: Tensor, target: Tensor, *args: Any, reduction: str = "mean", **kwargs: Any) -> Any:
-        each = pointwise(func)(input, target, *args, reduction="none", **kwargs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = bind(func, args, kwargs)
+        if given is None or given.get("reduction", "mean") not in ("none", "mean", "sum"):
+            raise Declined
+        reduction = given.pop("reduction", "mean")
+        if given.pop("size_average", None) is not None or given.pop("reduce", None) is not None:
+            raise Declined
+        each = pointwise(func)(given.pop("input"), given.pop("target"), reduction="none", **given)
         return {"none": lambda x: x, "mean": mean, "sum": sum_}[reduction](each)
 
     return call
 
 
 for _func in (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss):
-    RULES[_func] = _loss(_func)
+    register_rule(_func, _loss(_func))

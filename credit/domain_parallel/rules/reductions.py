@@ -11,15 +11,33 @@ from torch import Tensor
 
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import AllExtreme, AllSum, whole
-from credit.domain_parallel.slab import RULES, Slab, is_slab, refuse, rule, torch_functions
+from credit.domain_parallel.slab import Declined, Slab, is_slab, rule
 
 Dims = int | Sequence[int] | None
 
 
+def axis_of(x: Tensor, dim: int) -> int:
+    """The axis meant by `dim`, counted from the front.
+
+    Raises:
+        IndexError: as torch's, if there is none.
+    """
+    if not -x.ndim <= dim < x.ndim:
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-x.ndim}, {x.ndim - 1}], but got {dim})"
+        )
+    return dim % x.ndim
+
+
 def axes_of(x: Tensor, dim: Dims) -> tuple[int, ...]:
     """The axes meant by `dim`, counted from the front; all of them for None or ()."""
-    dims = (dim,) if isinstance(dim, int) else tuple(dim or ())
-    return tuple(sorted(d % x.ndim for d in dims)) or tuple(range(x.ndim))
+    dims = (dim,) if isinstance(dim, int) else tuple(() if dim is None else dim)
+    axes = tuple(sorted(axis_of(x, d) for d in dims))
+    if len(set(axes)) < len(axes):
+        raise RuntimeError(
+            f"dim {next(d for d in axes if axes.count(d) > 1)} appears multiple times in the list of dims"
+        )
+    return axes or tuple(range(x.ndim))
 
 
 def drop(local: Tensor, x: Slab, dims: tuple[int, ...], keepdim: bool) -> Any:
@@ -33,53 +51,52 @@ def drop(local: Tensor, x: Slab, dims: tuple[int, ...], keepdim: bool) -> Any:
 
 
 @rule("sum")
-def sum_(x: Slab, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Any:
-    dims = axes_of(x, dim if axis is None else axis)
-    local = x.local.sum(dims, keepdim=True, dtype=dtype)
-    return drop(AllSum.apply(local, x.group) if x.cut in dims else local, x, dims, keepdim)
+def sum_(input: Slab, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    dims = axes_of(input, dim)
+    local = input.local.sum(dims, keepdim=True, dtype=dtype)
+    return drop(AllSum.apply(local, input.group) if input.cut in dims else local, input, dims, keepdim)
 
 
 @rule("mean")
-def mean(x: Slab, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Any:
-    dims = axes_of(x, dim if axis is None else axis)
-    if x.cut not in dims:
-        return drop(x.local.mean(dims, keepdim=True, dtype=dtype), x, dims, keepdim)
-    kind = dtype or x.dtype
+def mean(input: Slab, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    dims = axes_of(input, dim)
+    if input.cut not in dims:
+        return drop(input.local.mean(dims, keepdim=True, dtype=dtype), input, dims, keepdim)
+    kind = dtype or input.dtype
+    if not (kind.is_floating_point or kind.is_complex):
+        raise Declined
     # Half-precision sums are carried in float32, as torch carries them inside its kernel.
     wide = torch.promote_types(kind, torch.float32)
-    total = AllSum.apply(x.local.sum(dims, keepdim=True, dtype=wide), x.group)
-    return drop((total / prod(x.shape[d] for d in dims)).to(kind), x, dims, keepdim)
+    total = AllSum.apply(input.local.sum(dims, keepdim=True, dtype=wide), input.group)
+    return drop((total / prod(input.shape[d] for d in dims)).to(kind), input, dims, keepdim)
 
 
 def _extreme(sign: int) -> Any:
-    def rule_(x: Slab, dim: Any = None, keepdim: bool = False) -> Any:
-        dims = axes_of(x, dim)
-        if x.cut in dims:
-            return drop(AllExtreme.apply(x.local, dims, sign, x.group), x, dims, keepdim)
-        return drop((torch.amax if sign > 0 else torch.amin)(x.local, dims, keepdim=True), x, dims, keepdim)
+    def rule_(input: Slab, dim: Any = (), keepdim: bool = False) -> Any:
+        dims = axes_of(input, dim)
+        if input.cut in dims:
+            return drop(AllExtreme.apply(input.local, dims, sign, input.group), input, dims, keepdim)
+        return drop((torch.amax if sign > 0 else torch.amin)(input.local, dims, keepdim=True), input, dims, keepdim)
 
     return rule_
 
 
 amax, amin = _extreme(1), _extreme(-1)
-for _func in torch_functions("amax"):
-    RULES[_func] = amax
-for _func in torch_functions("amin"):
-    RULES[_func] = amin
+rule("amax")(amax)
+rule("amin")(amin)
 
 
-def _logical(func: Any, extreme: Any) -> Any:
-    def rule_(x: Slab, dim: Any = None, keepdim: bool = False) -> Any:
-        truth = extreme(x.like(x.local.ne(0).to(torch.uint8)), dim, keepdim)
-        return truth.like(truth.local.bool()) if is_slab(truth) else truth.bool()
+def _logical(extreme: Any) -> Any:
+    def rule_(input: Slab, dim: Any = None, keepdim: bool = False) -> Any:
+        truth = extreme(input.like(input.local.ne(0).to(torch.uint8)), dim, keepdim)
+        kind = torch.uint8 if input.dtype == torch.uint8 else torch.bool
+        return truth.like(truth.local.to(kind)) if is_slab(truth) else truth.to(kind)
 
     return rule_
 
 
-for _func in torch_functions("any"):
-    RULES[_func] = _logical(_func, amax)
-for _func in torch_functions("all"):
-    RULES[_func] = _logical(_func, amin)
+rule("any")(_logical(amax))
+rule("all")(_logical(amin))
 
 
 def _moments(x: Slab, dims: tuple[int, ...], correction: float) -> tuple[Any, Any]:
@@ -90,35 +107,48 @@ def _moments(x: Slab, dims: tuple[int, ...], correction: float) -> tuple[Any, An
     return AllSum.apply(spread, x.group) / max(count - correction, 0), center
 
 
-def _variance_options(args: tuple, kwargs: dict) -> tuple[Any, float, bool]:
-    """(dim, correction, keepdim) of torch.var and its kin: (unbiased) or (dim, unbiased, keepdim) or keywords."""
-    args = list(args)  # type: ignore[assignment]
-    dim = kwargs.pop("dim", None)
-    if args and not isinstance(args[0], bool):
-        dim = args.pop(0)  # type: ignore[attr-defined]
-    unbiased = args.pop(0) if args else kwargs.pop("unbiased", True)  # type: ignore[attr-defined]
-    keepdim = args.pop(0) if args else kwargs.pop("keepdim", False)  # type: ignore[attr-defined]
-    correction = kwargs.pop("correction", None)
-    return dim, float(unbiased) if correction is None else correction, keepdim
+class _Root(torch.autograd.Function):
+    """The square root; where it is zero it hands on no cotangent, as torch's standard deviation does."""
+
+    @staticmethod
+    def forward(ctx: Any, variance: Tensor) -> Tensor:
+        root = variance.sqrt()
+        ctx.save_for_backward(root)
+        return root
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (root,) = ctx.saved_tensors
+        return (grad / (2 * root)).masked_fill(root == 0, 0)
 
 
-def _variance(func: Any) -> Any:
-    def rule_(x: Slab, *args: Any, **kwargs: Any) -> Any:
-        dim, correction, keepdim = _variance_options(args, kwargs)
-        dims = axes_of(x, dim)
-        if x.cut in dims:
-            variance, center = _moments(x, dims, correction)
+def _variance(root: bool, with_mean: bool) -> Any:
+    def rule_(
+        input: Slab,
+        dim: Any = None,
+        unbiased: bool = True,
+        keepdim: bool = False,
+        *,
+        correction: float | None = None,
+    ) -> Any:
+        dims = axes_of(input, dim)
+        correction = float(unbiased) if correction is None else correction
+        if input.cut in dims:
+            if not input.is_floating_point() or torch.finfo(input.dtype).bits < 32:
+                raise Declined
+            spread, center = _moments(input, dims, correction)
+            spread = _Root.apply(spread) if root else spread
         else:
-            variance, center = torch.var_mean(x.local, dims, correction=correction, keepdim=True)
-        spread = drop(variance.sqrt() if "std" in func.__name__ else variance, x, dims, keepdim)
-        return (spread, drop(center, x, dims, keepdim)) if "mean" in func.__name__ else spread
+            both = torch.std_mean if root else torch.var_mean
+            spread, center = both(input.local, dims, correction=correction, keepdim=True)
+        spread = drop(spread, input, dims, keepdim)
+        return (spread, drop(center, input, dims, keepdim)) if with_mean else spread
 
     return rule_
 
 
 for _name in ("var", "std", "var_mean", "std_mean"):
-    for _func in torch_functions(_name):
-        RULES[_func] = _variance(_func)
+    rule(_name)(_variance("std" in _name, "mean" in _name))
 
 
 def vector_norm(x: Slab, ord: float = 2, dim: Dims = None, keepdim: bool = False, dtype: Any = None) -> Any:
@@ -138,12 +168,12 @@ def _one_a_rank(x: Slab) -> Partition:
 
 
 @rule("linalg.vector_norm")
-def _vector_norm(x: Slab, ord: float = 2, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    return vector_norm(x, ord, dim, keepdim, dtype)
+def _vector_norm(input: Slab, ord: float = 2, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    return vector_norm(input, ord, dim, keepdim, dtype)
 
 
 @rule("Tensor.norm", "torch.norm")
-def norm(x: Slab, p: Any = "fro", dim: Dims = None, keepdim: bool = False, out: None = None, dtype: Any = None) -> Any:
+def norm(input: Slab, p: Any = "fro", dim: Dims = None, keepdim: bool = False, dtype: Any = None) -> Any:
     if p == "nuc":
-        refuse("the nuclear norm", "it has no rule")
-    return vector_norm(x, 2 if p in ("fro", None) else p, dim, keepdim, dtype)
+        raise Declined
+    return vector_norm(input, 2 if p in ("fro", None) else p, dim, keepdim, dtype)

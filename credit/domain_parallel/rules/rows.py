@@ -7,16 +7,20 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from credit.domain_parallel.partition import PartitionError, Window
+from credit.domain_parallel.partition import Window
 from credit.domain_parallel.reshard import select
-from credit.domain_parallel.slab import Slab, rule
+from credit.domain_parallel.slab import Declined, Slab, rule
 
 MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 
-@rule("F.pad", "nn.pad", "constant_pad_nd")
-def pad(input: Slab, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+@rule("F.pad", "nn.pad")
+def pad_(input: Slab, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
     pads = list(pad)
+    if len(pads) % 2 or len(pads) > 2 * input.ndim or mode not in MODES:
+        raise Declined
+    if mode == "circular" and min(pads) < 0:
+        raise Declined  # torch then goes round what is left
     place = 2 * (input.ndim - 1 - input.cut)
     if place >= len(pads):
         return input.like(F.pad(input.local, pads, mode, value))
@@ -30,9 +34,11 @@ def pad(input: Slab, pad: Sequence[int], mode: str = "constant", value: float | 
     return pad_rows(input.like(local), before, after, MODES[mode], value or 0.0)
 
 
+@rule("constant_pad_nd")
+def constant_pad_nd(input: Slab, pad: Sequence[int], value: float = 0) -> Any:
+    return pad_(input, pad, "constant", value)
+
+
 def pad_rows(x: Slab, before: int, after: int, mode: str, value: float = 0.0) -> Any:
     """`x` with so many rows put before and after it (negative: taken away) along the cut axis."""
-    try:
-        return select(x, Window(1, 1, 1, before, after, mode), value)
-    except PartitionError as error:
-        raise RuntimeError(str(error)) from None
+    return select(x, Window(1, 1, 1, before, after, mode), value)

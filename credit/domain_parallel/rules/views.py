@@ -18,152 +18,155 @@ from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, Rows, make_plan
 from credit.domain_parallel.regroup import regroup
 from credit.domain_parallel.reshard import cut_along, recut, reshard, select, whole
-from credit.domain_parallel.rules.pointwise import align, lead, result, updated, writable
-from credit.domain_parallel.slab import RULES, Slab, getter, is_slab, refuse, rule
+from credit.domain_parallel.rules.pointwise import align, lead, result
+from credit.domain_parallel.rules.reductions import axis_of
+from credit.domain_parallel.slab import COMPOSITE, Declined, Slab, getter, is_slab, register_rule, rule
 
 
-def _sizes(shape: tuple) -> tuple[int, ...]:
-    return tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else tuple(shape)
-
-
-def _resolved(new: tuple[int, ...], total: int) -> tuple[int, ...]:
+def _resolved(new: Sequence[int], total: int) -> tuple[int, ...]:
+    new = tuple(new)
     if -1 not in new:
         return new
     known = prod(n for n in new if n != -1)
-    return tuple(total // known if n == -1 else n for n in new)
+    return tuple(total // max(known, 1) if n == -1 else n for n in new)
 
 
-@rule("Tensor.view")
-def view(x: Slab, *shape: Any, **kwargs: Any) -> Any:
-    if kwargs or isinstance(shape[0], torch.dtype):
-        refuse("view as another dtype", "its rows would be reinterpreted")
-    y = reshape(x, *shape)
-    if not is_slab(y) or isinstance(y._local, Slab):  # a slab within this one has seen to it
-        return y
-    # A view shares memory with its base; where rows were exchanged it cannot.
-    shares = y._local.untyped_storage().data_ptr() == x._local.untyped_storage().data_ptr()
-    return y if shares else y.remember_source(x)
-
-
-@rule("reshape")
-def reshape(x: Slab, *shape: Any, **kwargs: Any) -> Any:
-    new = _resolved(_sizes(shape or (kwargs["shape"],)), x.numel())
-    if new == tuple(x.shape):
-        return x
+@rule("reshape", "Tensor.view", size="shape")
+def reshape(input: Slab, shape: Sequence[int]) -> Any:
+    new = _resolved(shape, input.numel())
+    if new == tuple(input.shape):
+        return input.like(input.local.view(input.local.shape))
     # An empty tensor does not tell which axes are made of which, and is whole everywhere at no cost.
-    found = regroup(tuple(x.shape), new, x.cut, x.partition) if x.numel() else None
+    found = regroup(tuple(input.shape), new, input.cut, input.partition) if input.numel() else None
     if found is None:
-        return whole(x).reshape(new)
-    x = recut(x, found.before)
+        return whole(input).reshape(new)
+    x = recut(input, found.before)
     local = list(new)
     local[found.axis] = found.after.size(x.group.rank)
     return x.like(x.local.reshape(local), found.axis, found.after)
 
 
-@rule("flatten", "ravel")
-def flatten(x: Slab, start_dim: int = 0, end_dim: int = -1) -> Any:
-    start, end = start_dim % x.ndim, end_dim % x.ndim
-    return reshape(x, (*x.shape[:start], prod(x.shape[start : end + 1]), *x.shape[end + 1 :]))
+@rule("flatten")
+def flatten(input: Slab, start_dim: int = 0, end_dim: int = -1) -> Any:
+    start, end = axis_of(input, start_dim), axis_of(input, end_dim)
+    return reshape(input, (*input.shape[:start], prod(input.shape[start : end + 1]), *input.shape[end + 1 :]))
+
+
+@rule("ravel")
+def ravel(input: Slab) -> Any:
+    return reshape(input, (-1,))
 
 
 @rule("unflatten")
-def unflatten(x: Slab, dim: int, sizes: Sequence[int]) -> Any:
-    dim %= x.ndim
-    return reshape(x, (*x.shape[:dim], *_resolved(tuple(sizes), x.shape[dim]), *x.shape[dim + 1 :]))
+def unflatten(input: Slab, dim: int, sizes: Sequence[int]) -> Any:
+    axis = axis_of(input, dim)
+    sizes = _resolved((sizes,) if isinstance(sizes, int) else sizes, input.shape[axis])
+    return reshape(input, (*input.shape[:axis], *sizes, *input.shape[axis + 1 :]))
 
 
 @rule("view_as", "reshape_as")
-def view_as(x: Slab, other: Tensor) -> Any:
-    return reshape(x, tuple(other.shape))
+def view_as(input: Tensor, other: Tensor) -> Any:
+    return reshape(input, tuple(other.shape)) if is_slab(input) else input.reshape(tuple(other.shape))
 
 
 @rule("squeeze")
-def squeeze(x: Slab, dim: Any = None) -> Any:
-    dims = range(x.ndim) if dim is None else [d % x.ndim for d in ((dim,) if isinstance(dim, int) else dim)]
-    dropped = [d for d in dims if x.shape[d] == 1]
-    local = x.local
+def squeeze(input: Slab, dim: Any = None) -> Any:
+    dims = range(input.ndim) if dim is None else [axis_of(input, d) for d in ((dim,) if isinstance(dim, int) else dim)]
+    dropped = [d for d in dims if input.shape[d] == 1]
+    local = input.local
     for d in sorted(dropped, reverse=True):
         local = local.squeeze(d)
-    return x.like(local, x.cut - sum(d < x.cut for d in dropped))
+    return input.like(local if dropped else local.view(local.shape), input.cut - sum(d < input.cut for d in dropped))
 
 
 @rule("unsqueeze")
-def unsqueeze(x: Slab, dim: int) -> Slab:
-    dim %= x.ndim + 1
-    return x.like(x.local.unsqueeze(dim), x.cut + (dim <= x.cut))
+def unsqueeze(input: Slab, dim: int) -> Slab:
+    dim = dim + input.ndim + 1 if dim < 0 else dim
+    return input.like(input.local.unsqueeze(dim), input.cut + (dim <= input.cut))
 
 
 @rule("permute")
-def permute(x: Slab, *dims: Any, **kwargs: Any) -> Slab:
-    order = [d % x.ndim for d in _sizes(dims or (kwargs["dims"],))]
-    return x.like(x.local.permute(order), order.index(x.cut))
+def permute(input: Slab, dims: Sequence[int]) -> Slab:
+    order = [axis_of(input, d) for d in dims]
+    return input.like(input.local.permute(order), order.index(input.cut))
 
 
-@rule("transpose", "swapaxes", "swapdims")
-def transpose(x: Slab, dim0: int, dim1: int) -> Slab:
-    order = list(range(x.ndim))
-    order[dim0], order[dim1] = order[dim1], order[dim0]
-    return permute(x, order)
+@rule("transpose", "swapaxes", "swapdims", axis0="dim0", axis1="dim1")
+def transpose(input: Slab, dim0: int, dim1: int) -> Slab:
+    order = list(range(input.ndim))
+    a, b = axis_of(input, dim0), axis_of(input, dim1)
+    order[a], order[b] = order[b], order[a]
+    return permute(input, order)
 
 
 @rule("movedim", "moveaxis")
-def movedim(x: Slab, source: Any, destination: Any) -> Slab:
+def movedim(input: Slab, source: Any, destination: Any) -> Slab:
     source = [source] if isinstance(source, int) else source
     destination = [destination] if isinstance(destination, int) else destination
-    places = {d % x.ndim: s % x.ndim for s, d in zip(source, destination, strict=True)}
-    rest = iter([axis for axis in range(x.ndim) if axis not in places.values()])
-    return permute(x, [places[d] if d in places else next(rest) for d in range(x.ndim)])
+    places = {axis_of(input, d): axis_of(input, s) for s, d in zip(source, destination, strict=True)}
+    rest = iter([axis for axis in range(input.ndim) if axis not in places.values()])
+    return permute(input, [places[d] if d in places else next(rest) for d in range(input.ndim)])
 
 
-def _t(x: Slab) -> Slab:
-    return transpose(x, -2, -1) if x.ndim > 1 else x
+@rule("t")
+def t(input: Slab) -> Slab:
+    return transpose(input, 0, 1) if input.ndim == 2 else input.like(input.local.view(input.local.shape))
 
 
-RULES.update({torch.t: _t, torch.Tensor.t: _t, getter("T"): lambda x: permute(x, range(x.ndim)[::-1])})
-RULES.update({getter("mT"): _t, torch.adjoint: _t})
+@rule("adjoint")
+def adjoint(input: Slab) -> Slab:
+    if input.is_complex():
+        raise Declined
+    return transpose(input, -2, -1)
+
+
+register_rule(getter("T"), lambda x: permute(x, range(x.ndim)[::-1]))
+register_rule(getter("mT"), lambda x: transpose(x, -2, -1))
 
 
 @rule("expand", "broadcast_to")
-def expand(x: Slab, *sizes: Any) -> Slab:
-    new = list(_sizes(sizes))
-    axis = x.cut + len(new) - x.ndim
-    if new[axis] not in (-1, x.shape[x.cut]):
-        raise RuntimeError(f"cannot expand {x.shape[x.cut]} rows to {new[axis]}")
-    new[axis] = -1
-    return result(x.local.expand(new), x)
+def expand(input: Slab, size: Sequence[int]) -> Slab:
+    new = list(size)
+    axis = input.cut + len(new) - input.ndim
+    new[axis] = -1  # a cut axis has more than one entry, and stays as it is
+    return result(input.local.expand(new), input)
 
 
 @rule("expand_as")
-def expand_as(x: Tensor, other: Tensor) -> Any:
-    return expand(x, tuple(other.shape)) if is_slab(x) else x.expand(tuple(other.shape))
+def expand_as(input: Tensor, other: Tensor) -> Any:
+    return expand(input, tuple(other.shape)) if is_slab(input) else input.expand(tuple(other.shape))
 
 
-@rule("repeat", "tile")
-def repeat(x: Slab, *sizes: Any) -> Slab:
-    times = list(_sizes(sizes))
-    times = [1] * (x.ndim - len(times)) + times
-    axis = x.cut + len(times) - x.ndim
-    p = x.partition
-    return x.like(x.local.repeat(times), axis, Partition(p.rows, p.parts, p.outer * times[axis], p.inner))
+@rule("repeat", "tile", dims="repeats")
+def repeat(input: Slab, repeats: Sequence[int]) -> Slab:
+    times = [1] * (input.ndim - len(repeats)) + list(repeats)
+    axis = input.cut + len(times) - input.ndim
+    if times[axis] == 0:
+        raise Declined
+    p = input.partition
+    return input.like(input.local.repeat(times), axis, Partition(p.rows, p.parts, p.outer * times[axis], p.inner))
 
 
 @rule("repeat_interleave")
-def repeat_interleave(x: Slab, repeats: Any, dim: int | None = None, **kwargs: Any) -> Slab:
-    if dim is None or not isinstance(repeats, int):
-        refuse("repeat_interleave without dim or with a tensor of repeats", "it has no rule")
-    p = x.partition
-    inner = p.inner * repeats if dim % x.ndim == x.cut else p.inner
-    return x.like(x.local.repeat_interleave(repeats, dim, **kwargs), x.cut, Partition(p.rows, p.parts, p.outer, inner))
+def repeat_interleave(input: Slab, repeats: Any, dim: int | None = None) -> Slab:
+    if dim is None or not isinstance(repeats, int) or repeats < 1:
+        raise Declined
+    p = input.partition
+    inner = p.inner * repeats if axis_of(input, dim) == input.cut else p.inner
+    local = input.local.repeat_interleave(repeats, dim)
+    return input.like(local, input.cut, Partition(p.rows, p.parts, p.outer, inner))
 
 
 @rule("view_as_real")
-def view_as_real(x: Slab) -> Slab:
-    return x.like(torch.view_as_real(x.local))
+def view_as_real(input: Slab) -> Slab:
+    return input.like(torch.view_as_real(input.local))
 
 
 @rule("view_as_complex")
-def view_as_complex(x: Slab) -> Slab:
-    return x.like(torch.view_as_complex(x.local))
+def view_as_complex(input: Slab) -> Slab:
+    if input.cut == input.ndim - 1:
+        raise Declined
+    return input.like(torch.view_as_complex(input.local))
 
 
 # Slices, joins
@@ -183,26 +186,27 @@ def narrow_to(x: Slab, dim: int, start: int, stop: int) -> Any:
         mine = p.size(x.group.rank) // p.outer
         local = x.local.narrow(dim, start // turn * mine, (stop - start) // turn * mine)
         return x.like(local, partition=Partition(p.rows, p.parts, (stop - start) // turn, p.inner))
-    y = rows_at(x, range(start, stop))
-    return y if y is x else _sliced(x, y, is_view=True)
+    return rows_at(x, range(start, stop))
 
 
 @rule("narrow")
-def narrow(x: Slab, dim: int, start: int, length: int) -> Any:
-    start = int(start) % (x.shape[dim] + 1) if start < 0 else int(start)
-    return narrow_to(x, dim % x.ndim, start, start + length)
+def narrow(input: Slab, dim: int, start: int, length: int) -> Any:
+    axis = axis_of(input, dim)
+    start = start + input.shape[axis] if start < 0 else start
+    return narrow_to(input, axis, start, start + length)
 
 
 @rule("select")
-def select_one(x: Slab, dim: int, index: int) -> Any:
-    return getitem(x, (slice(None),) * (dim % x.ndim) + (int(index),))
+def select_one(input: Slab, dim: int, index: int) -> Any:
+    return getitem(input, (slice(None),) * axis_of(input, dim) + (index,))
 
 
 @rule("unbind")
-def unbind(x: Slab, dim: int = 0) -> tuple:
-    if dim % x.ndim == x.cut:
-        return tuple(_sliced(x, row, is_view=True) for row in whole(x).unbind(dim))
-    return result(x.local.unbind(dim), x, _after_dropping(x, {dim % x.ndim}))
+def unbind(input: Slab, dim: int = 0) -> tuple:
+    axis = axis_of(input, dim)
+    if axis == input.cut:
+        return whole(input).unbind(axis)
+    return result(input.local.unbind(axis), input, _after_dropping(input, {axis}))
 
 
 def _after_dropping(x: Slab, dims: set[int]) -> int:
@@ -210,39 +214,37 @@ def _after_dropping(x: Slab, dims: set[int]) -> int:
     return x.cut - x.ndim + sum(d > x.cut for d in dims)
 
 
-RULES[torch.Tensor.__iter__] = lambda x: iter(unbind(x))
+COMPOSITE[torch.Tensor.__iter__] = lambda x: iter(torch.unbind(x))
 
 
-@rule("split", "split_with_sizes")
-def split(x: Slab, split_size: Any, dim: int = 0, **kwargs: Any) -> Any:
-    dim %= x.ndim
-    length = x.shape[dim]
-    sizes = split_size
+@rule("split", "split_with_sizes", tensor="input", split_size_or_sections="split_size", split_sizes="split_size")
+def split(input: Slab, split_size: Any, dim: int = 0) -> Any:
+    axis = axis_of(input, dim)
+    length, sizes = input.shape[axis], split_size
     if isinstance(split_size, int):
-        sizes = [min(split_size, length - i) for i in range(0, max(length, 1), split_size)]
+        sizes = [min(split_size, length - i) for i in range(0, max(length, 1), max(split_size, 1))]
     stops = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return tuple(narrow_to(x, dim, stop - size, stop) for size, stop in zip(sizes, stops, strict=True))
+    return tuple(narrow_to(input, axis, stop - size, stop) for size, stop in zip(sizes, stops, strict=True))
 
 
 @rule("chunk")
-def chunk(x: Slab, chunks: int, dim: int = 0) -> Any:
-    return split(x, -(-x.shape[dim] // chunks), dim)
+def chunk(input: Slab, chunks: int, dim: int = 0) -> Any:
+    return split(input, max(-(-input.shape[axis_of(input, dim)] // chunks), 1), dim)
 
 
 @rule("tensor_split")
-def tensor_split(x: Slab, sections: Any, dim: int = 0) -> Any:
-    if not isinstance(sections, int):
-        stops = [*sections, x.shape[dim]]
-        return split(x, [stop - start for start, stop in zip([0, *sections], stops, strict=True)], dim)
-    return split(x, list(Partition(x.shape[dim], sections).sizes), dim)
+def tensor_split(input: Slab, sections: int, dim: int = 0) -> Any:
+    return split(input, list(Partition(input.shape[axis_of(input, dim)], sections).sizes), dim)
 
 
 @rule("cat", "concat", "concatenate")
-def cat(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
+def cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
     # An empty 1-D tensor is skipped, as torch does.
     tensors = [x for x in tensors if is_slab(x) or x.shape != (0,)]
-    like = lead(list(tensors))
-    dim %= like.ndim
+    like = lead(tensors)
+    if len({x.dtype for x in tensors}) > 1:
+        raise Declined
+    dim = axis_of(like, dim)
     if dim != like.cut:
         return like.like(torch.cat([cut_along(x, like.cut, like) for x in tensors], dim))
     length = sum(x.shape[dim] for x in tensors)
@@ -277,67 +279,66 @@ class _Placed(Rows):
 
 
 @rule("stack")
-def stack(tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
-    like = lead(list(tensors))
-    dim %= like.ndim + 1
+def stack(tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    like = lead(tensors)
+    dim = dim + like.ndim + 1 if dim < 0 else dim
     return like.like(torch.stack([cut_along(x, like.cut, like) for x in tensors], dim), like.cut + (dim <= like.cut))
 
 
-@rule("meshgrid", "broadcast_tensors")
-def broadcast_tensors(*tensors: Any, **kwargs: Any) -> Any:
-    refuse("meshgrid or broadcast_tensors of fields", "it has no rule")
-
-
 @rule("__getitem__")
-def getitem(x: Tensor, index: Any) -> Any:
-    if not is_slab(x):
-        return x[_whole_index(index)]
-    items = _spelled_out(x, index)
-    if items is None:
-        refuse("indexing with a mask of several axes", "the number of entries each rank would hold is not known")
-    at = _position(items, x.cut)
-    item, length = items[at], x.shape[x.cut]
-    is_view = not any(isinstance(i, Tensor | list) for i in items)
+def getitem(input: Tensor, index: Any) -> Any:
+    if not is_slab(input):
+        return input[_whole_index(index)]
+    items = _spelled_out(input, index)
+    at = _position(items, input.cut)
+    item, length = items[at], input.shape[input.cut]
     if isinstance(item, int):
-        return _sliced(x, rows_at(x, [range(length)[item]])[(*items[:at], 0, *items[at + 1 :])], is_view)
+        return rows_at(input, [range(length)[item]])[(*items[:at], 0, *items[at + 1 :])]
     if isinstance(item, slice):
         rows: Sequence[int] = range(length)[item]
     else:
         found = torch.arange(length)[torch.as_tensor(whole(item)).cpu()]
         if found.ndim != 1 or sum(isinstance(i, Tensor | list) for i in items) > 1:
-            return whole(x)[_whole_index(tuple(items))]
+            raise Declined
         rows = found.tolist()
-    y = rows_at(x, rows)
+    y = rows_at(input, rows)
     rest = (*items[:at], slice(None), *items[at + 1 :])
-    if y is x:
-        return _index_others(x, rest)
-    return _sliced(x, _index_others(y, rest) if is_slab(y) else y[rest], is_view)
-
-
-def _sliced(x: Slab, y: Any, is_view: bool) -> Any:
-    """`y`, whose rows are a copy of rows of `x`: where torch makes a view, neither may be changed in place."""
-    if is_view and is_slab(y):
-        return y.remember_source(x)
-    if is_view:
-        x.copies.append((y, y._version))
-    return y
+    if y is input:
+        return _index_others(input, rest)
+    return _index_others(y, rest) if is_slab(y) else y[rest]
 
 
 def _whole_index(index: Any) -> Any:
     return tuple(whole(i) for i in index) if isinstance(index, tuple) else whole(index)
 
 
-def _spelled_out(x: Slab, index: Any) -> list | None:
-    """The index with an item for every axis; None if a mask spans several axes."""
+def _spelled_out(x: Slab, index: Any) -> list:
+    """The index with an item for every axis; declined where an item takes several, or is of a kind seldom met."""
     items = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) and i.ndim > 1 for i in items):
-        return None
-    items = [int(i) if isinstance(i, Tensor) and i.ndim == 0 and not is_slab(i) else i for i in items]
+    items = [int(i) if isinstance(i, Tensor) and i.ndim == 0 and not is_slab(i) and _counts(i) else i for i in items]
+    if not all(_is_simple(item) for item in items):
+        raise Declined
     used = sum(i is not None and i is not Ellipsis for i in items)
+    if used > x.ndim or sum(i is Ellipsis for i in items) > 1:
+        raise Declined
     if not any(i is Ellipsis for i in items):
         items.append(Ellipsis)
     where = next(n for n, i in enumerate(items) if i is Ellipsis)
     return [*items[:where], *[slice(None)] * (x.ndim - used), *items[where + 1 :]]
+
+
+def _counts(x: Tensor) -> bool:
+    return x.dtype not in (torch.bool, torch.uint8) and not (x.is_floating_point() or x.is_complex())
+
+
+def _is_simple(item: Any) -> bool:
+    if isinstance(item, Tensor):
+        return item.ndim > 0 and not (item.ndim > 1 and not _counts(item))
+    if isinstance(item, slice):
+        return all(n is None or type(n) is int for n in (item.start, item.stop, item.step))
+    if isinstance(item, list):
+        return bool(item) and all(type(n) is int for n in item)
+    return item is None or item is Ellipsis or type(item) is int
 
 
 def _position(items: list, axis: int) -> int:
@@ -369,30 +370,27 @@ def _to_meta(item: Any) -> Any:
 
 
 @rule("__setitem__")
-def setitem(x: Tensor, index: Any, value: Any) -> None:
-    if not is_slab(x):
-        x[_whole_index(index)] = whole(value)
+def setitem(input: Tensor, index: Any, value: Any) -> None:
+    if not is_slab(input):
+        input[_whole_index(index)] = whole(value)
         return
-    x.copies = [(y, version) for y, version in x.copies if y is not value]  # x[0] += 1 assigns what it changed
-    writable(x, "assignment")
-    items = _spelled_out(x, index)
-    if items is None:
-        refuse("assignment by a mask of several axes", "the number of entries each rank holds is not known")
-    at = _position(items, x.cut)
+    items = _spelled_out(input, index)
+    at = _position(items, input.cut)
     if items[at] != slice(None):
-        _set_rows(x, items, at, value)
+        _set_rows(input, items, at, value)
         return
     if isinstance(value, Tensor):
-        target = _index_others(x.like(x.local.detach()), tuple(items))
+        target = _index_others(input.like(input.local.detach()), tuple(items))
+        if value.ndim > target.ndim:
+            raise Declined
         value = align(value, target)
-    x._local[tuple(whole(i) for i in items)] = value
-    updated(x)
+    input.local[tuple(whole(i) for i in items)] = value
 
 
 def _set_rows(x: Slab, items: list, at: int, value: Any) -> None:
     """Assign to some rows: every rank takes from the whole value what falls on its own."""
     if any(isinstance(item, Tensor | list) for item in items) or x.partition.outer > 1:
-        refuse("assignment to some rows by tensors", "it has no rule", "Use torch.cat or torch.where.")
+        raise Declined
     length, item = x.shape[x.cut], items[at]
     rows = range(length)[item] if isinstance(item, slice) else range(length)[item : item + 1 or None]
     mine = x.partition.indices(x.group.rank)
@@ -405,38 +403,47 @@ def _set_rows(x: Slab, items: list, at: int, value: Any) -> None:
         value = value.narrow(value.ndim - 1 - after, places[0] if places else 0, len(places))
     first = rows[places[0]] - mine[0] if places else 0
     local = slice(first, first + len(places) * rows.step, rows.step)
-    x._local[(*items[:at], local, *items[at + 1 :])] = value
-    updated(x)
+    x.local[(*items[:at], local, *items[at + 1 :])] = value
 
 
 @rule("index_select")
-def index_select(x: Slab, dim: int, index: Tensor) -> Any:
-    if dim % x.ndim == x.cut:
-        return rows_at(x, whole(index).tolist())
-    return x.like(x.local.index_select(dim, whole(index)))
+def index_select(input: Slab, dim: int, index: Tensor) -> Any:
+    if not is_slab(input):
+        raise Declined
+    if axis_of(input, dim) == input.cut:
+        return rows_at(input, whole(index).reshape(-1).tolist())
+    return input.like(input.local.index_select(dim, whole(index)))
 
 
 @rule("flip")
-def flip(x: Slab, *dims: Any) -> Any:
-    axes = [d % x.ndim for d in _sizes(dims)]
-    y = x.like(x.local.flip([d for d in axes if d != x.cut]))
-    return rows_at(y, range(x.shape[x.cut] - 1, -1, -1)) if x.cut in axes else y
+def flip(input: Slab, dims: Any) -> Any:
+    axes = [axis_of(input, d) for d in ((dims,) if isinstance(dims, int) else dims)]
+    y = input.like(input.local.flip([d for d in axes if d != input.cut]))
+    return rows_at(y, range(input.shape[input.cut] - 1, -1, -1)) if input.cut in axes else y
 
 
-RULES[torch.flipud] = lambda x: flip(x, 0)
-RULES[torch.fliplr] = lambda x: flip(x, 1)
+@rule("flipud")
+def flipud(input: Slab) -> Any:
+    return flip(input, 0)
+
+
+@rule("fliplr")
+def fliplr(input: Slab) -> Any:
+    return flip(input, 1)
 
 
 @rule("roll")
-def roll(x: Slab, shifts: Any, dims: Any = None) -> Any:
-    if dims is None:
-        refuse("roll without dims", "it shifts the flattened field")
+def roll(input: Slab, shifts: Any, dims: Any = ()) -> Any:
     shifts = (shifts,) if isinstance(shifts, int) else shifts
     dims = (dims,) if isinstance(dims, int) else dims
+    if len(dims) != len(shifts):
+        raise Declined  # without axes, the flattened field is shifted
+    x = input
     for shift, dim in zip(shifts, dims, strict=True):
-        length = x.shape[dim]
-        if dim % x.ndim == x.cut:
+        axis = axis_of(x, dim)
+        length = x.shape[axis]
+        if axis == x.cut:
             x = rows_at(x, [(row - shift) % length for row in range(length)] if shift % length else range(length))
         else:
-            x = x.like(x.local.roll(shift, dim))
+            x = x.like(x.local.roll(shift, axis))
     return x

@@ -12,7 +12,7 @@ from credit.domain_parallel.halo_conv import Geometry, halo_conv, keeps_rows
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, Span, TransposedWindow, Window, make_plan
 from credit.domain_parallel.reshard import is_dealt_evenly, other_axis, part, reshard, whole
-from credit.domain_parallel.slab import Slab, is_slab, refuse, rule
+from credit.domain_parallel.slab import Declined, Slab, is_slab, rule
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -32,11 +32,11 @@ def spatial(x: Slab, weight: Tensor) -> tuple[int, int]:
     return axes, x.cut - (x.ndim - axes)
 
 
-def whole_channels(x: Slab, call: str) -> Slab:
-    """A convolution mixes channels: if these are what is cut, cut the first spatial axis instead."""
-    cut = other_axis(x, (0, 1)) if x.ndim > 2 else None
+def whole_channels(x: Slab, axes: int) -> Slab:
+    """A convolution mixes channels: if these are cut, cut the first spatial axis that is long enough instead."""
+    cut = other_axis(x, tuple(range(x.ndim - axes)))
     if cut is None:
-        refuse(f"{call} of a field whose channels are cut", "no other axis is long enough")
+        raise Declined
     return reshard(x, cut)
 
 
@@ -50,8 +50,8 @@ def conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    if not is_slab(input):
-        refuse("a convolution whose weight is a field", "it has no rule")
+    if not is_slab(input) or is_slab(weight) or is_slab(bias):
+        raise Declined
     axes, axis = spatial(input, weight)
     convolve = CONV[axes]
     if axis < 0 and input.cut == 0 and input.ndim == axes + 2:
@@ -63,7 +63,7 @@ def conv(
         y = convolve(input.local, weight, bias, stride, padding, dilation, groups // input.group.size)
         return input.like(y, partition=target)
     if axis < 0:
-        input = whole_channels(input, "a convolution")
+        input = whole_channels(input, axes)
         axis = input.cut - (input.ndim - axes)
     stride, dilation = per_axis(stride, axes), per_axis(dilation, axes)
     before, after = pads_of(padding, weight.shape[2:], dilation)
@@ -109,8 +109,8 @@ def fetch(x: Slab, window: Window, fill: float = 0.0) -> tuple[Tensor, Partition
     if out < x.group.size:
         return None
     target = Partition(out, x.group.size)
-    if fill == 0 and x.shared is not None and window in x.shared[0].windows:
-        span, rows = x.shared
+    if fill == 0 and x.shared is not None and x.shared[2:] == _changes(x) and window in x.shared[0].windows:
+        span, rows, *_ = x.shared
         mine = target.indices(x.group.rank)
         first = mine[0] * window.stride - window.before - span.start(mine)
         return rows.narrow(x.cut, first, (len(mine) - 1) * window.stride + window.reach), target
@@ -127,7 +127,12 @@ def share_halo(x: Slab, windows: Sequence[Window]) -> None:
     if len(outs) == 1 and min(outs) >= x.group.size and all(window.mode == "zeros" for window in windows):
         span = Span(tuple(windows))
         plan = make_plan(span, x.partition, x.group.rank, Partition(outs.pop(), x.group.size))
-        x.shared = span, exchange(x.local, plan, x.cut, x.group)
+        x.shared = (span, exchange(x.local, plan, x.cut, x.group), *_changes(x))
+
+
+def _changes(x: Slab) -> tuple[int, ...]:
+    """How often the memory of `x` was changed, where that is counted."""
+    return () if x.memory is None else (x.memory.root.changes,)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -141,14 +146,14 @@ def conv_transpose(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Any:
-    if not is_slab(input):
-        refuse("a convolution whose weight is a field", "it has no rule")
+    if not is_slab(input) or is_slab(weight) or is_slab(bias):
+        raise Declined
     axes, axis = spatial(input, weight)
     convolve = CONV_TRANSPOSE[axes]
     if axis < 0 and input.cut == 0 and input.ndim == axes + 2:
         return input.like(convolve(input.local, weight, bias, stride, padding, output_padding, groups, dilation))
     if axis < 0:
-        input = whole_channels(input, "a transposed convolution")
+        input = whole_channels(input, axes)
         axis = input.cut - (input.ndim - axes)
     stride, padding, extra, dilation = (per_axis(v, axes) for v in (stride, padding, output_padding, dilation))
     window = TransposedWindow(weight.shape[2 + axis], stride[axis], dilation[axis], padding[axis], extra[axis])

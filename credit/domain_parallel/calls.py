@@ -1,0 +1,274 @@
+"""How a torch function that meets slabs is answered: by its rule, or on gathered operands.
+
+Whatever answers, what torch would call a view is one (see `storage`), a change in place is told to whoever shares the
+memory, and the strides of the whole are known.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from credit.domain_parallel.gathered import gathered
+from credit.domain_parallel.halo_exchange import moves
+from credit.domain_parallel.outcome import Outcome, leaves, outcomes, replaced, shares, strides_of
+from credit.domain_parallel.slab import ASKS, COMPOSITE, RULES, Declined, Slab, answers, refuse, rules_of
+from credit.domain_parallel.storage import Memory, View, positions_in
+
+POINTWISE: set[Any] = set()
+"""Functions of corresponding entries: new tensors of contiguous operands are contiguous."""
+
+VIEWS = """
+__getitem__ adjoint atleast_1d atleast_2d atleast_3d bfloat16 bool broadcast_tensors broadcast_to byte char chunk
+conj contiguous cpu cuda detach diagonal double dropout dsplit einsum expand expand_as feature_dropout flatten float
+half hsplit imag int long meshgrid moveaxis movedim narrow permute positive __pos__ ravel real reshape reshape_as
+resolve_conj resolve_neg select short split split_with_sizes squeeze sum_to_size swapaxes swapdims t tensor_split to
+transpose type type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as view_as_complex
+view_as_real vsplit H T mH mT data __iter__ dropout1d dropout2d dropout3d alpha_dropout
+"""
+"""Names of functions that may return views of what they are given."""
+
+
+class _Traits(NamedTuple):
+    """What is known of a function from its name and signature.
+
+    Attributes:
+        views: it may return a view.
+        first: it changes its first argument in place.
+        flag: (position, name) of the argument that makes it do so, if there is one.
+    """
+
+    views: bool
+    first: bool
+    flag: tuple[int, str] | None
+
+
+@cache
+def _traits(func: Any) -> _Traits:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        name = func.__self__.__name__
+    changes = name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__int__", "__invert__")
+    changes = (changes and name != "__iter__") or name == "__setitem__" or (name.endswith("_") and name[-2:-1] != "_")
+    flag = None
+    if inspect.isfunction(func):
+        names = [*inspect.signature(func).parameters]
+        flag = (names.index("inplace"), "inplace") if "inplace" in names else None
+    return _Traits(name in VIEWS.split(), changes, flag)
+
+
+def changed_by(func: Any, args: tuple, kwargs: dict) -> list[Any]:
+    """The arguments that a call changes in place."""
+    traits, found = _traits(func), []
+    if traits.first or (traits.flag and _flag_of(args, kwargs, *traits.flag)):
+        found = [args[0] if args else kwargs.get("input", kwargs.get("self"))]
+    if kwargs and kwargs.get("out") is not None:
+        found.extend(leaves(kwargs["out"]))
+    return found
+
+
+def _flag_of(args: tuple, kwargs: dict, place: int, name: str) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name, False)
+
+
+def answer(func: Any, args: tuple, kwargs: dict) -> Any:
+    """func(*args, **kwargs), where some arguments are slabs."""
+    rule = RULES.get(func)
+    if func in ASKS:
+        return rule(*args, **kwargs)  # type: ignore[misc]
+    if any(isinstance(x, WholeView) for x in leaves((args, kwargs))):
+        return _with_whole_views(func, args, kwargs)
+    if rule is None or (kwargs and kwargs.get("out") is not None):
+        composite = COMPOSITE.get(func)
+        if composite is not None:
+            with torch._C._EnableTorchFunction():
+                return composite(*args, **kwargs)
+        return _gathered(func, args, kwargs)
+    traits = _traits(func)
+    expected = None
+    if traits.views or func not in POINTWISE or _strided(args):
+        try:
+            expected = outcomes(func, args, kwargs)
+        except Exception:  # torch's word on such operands is that on real ones: it raises, or was wrong without values
+            return _gathered(func, args, kwargs)
+    before = moves()
+    try:
+        found = rule(*args, **kwargs)
+    except Declined:
+        return _gathered(func, args, kwargs)
+    if expected is not None and not traits.first:
+        found = _finished(func, args, kwargs, found, expected, moves() != before)
+    for target in changed_by(func, args, kwargs) if traits.first or traits.flag else ():
+        if isinstance(target, Slab):
+            target.changed()
+    return found
+
+
+answers.append(answer)
+
+
+def _strided(args: tuple) -> bool:
+    return any(isinstance(x, Tensor) and strides_of(x) is not None for x in args)
+
+
+def _finished(func: Any, args: tuple, kwargs: dict, found: Any, expected: list[Outcome], moved: bool) -> Any:
+    """What a rule found, with strides, and views of what they are views of."""
+    results = [x for x in leaves(found) if isinstance(x, Tensor)]
+    _compare(func, results, expected)
+    operands = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
+    exchanged: dict[int, Any] = {}
+    for i, (x, one) in enumerate(zip(results, expected, strict=True)):
+        base = None if one.base is None else operands[one.base]
+        if isinstance(base, Slab):
+            if one.same:
+                exchanged[i] = base
+                continue
+            again = partial(_again, func, args, kwargs, i)
+            exchanged[i] = viewed(base, x, moved, again, partial(_place, func, args, kwargs, base, i))
+        elif isinstance(x, Slab) and _traits(func).views:
+            _set_apart(x, operands)
+        if isinstance(exchanged.get(i, x), Slab):
+            exchanged.get(i, x).strides = one.strides
+    if not exchanged:
+        return found
+    numbers = iter(range(len(results)))
+
+    def change(x: Tensor) -> Any:
+        number = next(numbers)
+        return exchanged.get(number, x)
+
+    return replaced(found, change)
+
+
+def _compare(func: Any, results: list[Tensor], expected: list[Outcome]) -> None:
+    """A rule that gives another shape or type than torch is wrong. (Autocast does not see tensors without values.)"""
+    ours = [(tuple(x.shape), x.dtype) for x in results]
+    theirs = [(one.shape, one.dtype) for one in expected]
+    if ours != theirs and ([shape for shape, _ in ours] != [shape for shape, _ in theirs] or not _is_autocast()):
+        raise AssertionError(f"{func}: its rule gives {ours}, torch {theirs}")
+
+
+def _is_autocast() -> bool:
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled()
+
+
+def _again(func: Any, args: tuple, kwargs: dict, i: int) -> Tensor:
+    """This rank's part of the i-th result, made anew."""
+    with rules_of(Slab, func):
+        found = [x for x in leaves(RULES[func](*args, **kwargs)) if isinstance(x, Tensor)][i]
+    return found.local if isinstance(found, Slab) else found
+
+
+def _place(func: Any, args: tuple, kwargs: dict, base: Slab, i: int, whole: Tensor) -> Tensor:
+    """The i-th result on `whole` in place of `base`."""
+    args, kwargs = replaced((args, kwargs), lambda x: whole if x is base else x)
+    return [x for x in leaves(func(*args, **kwargs)) if isinstance(x, Tensor)][i]
+
+
+def _set_apart(x: Slab, operands: list[Tensor]) -> None:
+    """Copy a new tensor that shares this rank's memory with an operand, as its rows needed no change here."""
+    if any(isinstance(y, Slab) and shares(y._local, x._local) for y in operands):
+        x._local = x._local.clone()
+
+
+def viewed(base: Slab, x: Tensor, moved: bool, read: Callable[[], Tensor], place: Callable[[Tensor], Tensor]) -> Tensor:
+    """`x`, which torch would call a view of `base`, as one.
+
+    Args:
+        moved: its rows came from other ranks, on some rank at least.
+        read: makes this rank's part of it anew.
+        place: the same view of another whole tensor in place of `base`.
+    """
+    if base.memory is None:
+        base.memory = Memory(base._local)
+    local = x._local if isinstance(x, Slab) else x
+    if shares(base._local, local):
+        if not moved and isinstance(x, Slab):
+            x.memory = base.memory
+            return x
+        local = local.clone()
+    cut = (x.cut, x.partition) if isinstance(x, Slab) else None
+    memory = Memory(local, View(base, read, positions_in(base, place), cut))
+    if not isinstance(x, Slab):
+        return WholeView(local, memory)
+    x._local, x.memory = local, memory
+    return x
+
+
+class WholeView(torch.Tensor):
+    """A whole tensor, the same on every rank, that torch would call a view of a slab: one row of a field, say."""
+
+    memory: Memory
+    _local: Tensor
+
+    @staticmethod
+    def __new__(cls, local: Tensor, memory: Memory) -> WholeView:
+        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            local.shape,
+            strides=local.stride(),
+            dtype=local.dtype,
+            device=local.device,
+            requires_grad=local.requires_grad,
+        )
+        self._local, self.memory = local, memory
+        return self
+
+    @property
+    def local(self) -> Tensor:
+        """Its values, as they are now."""
+        self.memory.refresh()
+        return self._local
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if any(issubclass(kind, Slab) for kind in types):
+            slab = next(kind for kind in types if issubclass(kind, Slab))
+            return slab.__torch_function__(func, types, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return _with_whole_views(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *unused: Any) -> Any:  # type: ignore[override]
+        refuse(str(func), "it was called from compiled or C++ code, where it cannot be rerouted")
+
+
+WholeView.__module__ = "torch"
+
+
+def as_whole(x: Any) -> Any:
+    """The plain tensor, from a view of a slab that is whole; anything else as it is."""
+    return x.local if isinstance(x, WholeView) else x
+
+
+def _with_whole_views(func: Any, args: tuple, kwargs: dict) -> Any:
+    views = [x for x in leaves((args, kwargs)) if isinstance(x, WholeView)]
+    plain_args, plain_kwargs = replaced((args, kwargs), as_whole)
+    if any(isinstance(x, Slab) for x in leaves((plain_args, plain_kwargs))):
+        found = answer(func, plain_args, plain_kwargs)
+    else:
+        found = func(*plain_args, **plain_kwargs)
+    for target in changed_by(func, args, kwargs):
+        if isinstance(target, WholeView):
+            target.memory.changed()
+
+    def viewed_again(x: Tensor) -> Tensor:
+        if isinstance(x, Slab | WholeView):
+            return x
+        for view in views:
+            if x is view._local:
+                return view
+            if shares(view._local, x):
+                return WholeView(x, view.memory)
+        return x
+
+    return replaced(found, viewed_again) if isinstance(found, Tensor | tuple | list) else found
+
+
+def _gathered(func: Any, args: tuple, kwargs: dict) -> Any:
+    return gathered(func, args, kwargs, viewed)

@@ -1,0 +1,99 @@
+"""What holds tensors at the border of a model: opened, so that each is seen, or refused by its type.
+
+torch's pytree opens lists, tuples, dictionaries and what is registered with it. Dataclasses and namespaces are opened
+here. Anything else is one piece, and must hold no tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node, tree_map
+
+from credit.domain_parallel.manager import DomainParallelError
+
+DEPTH = 4
+"""How deep objects are searched for tensors."""
+
+
+class _Opened:
+    """An object whose attributes are tensors, or hold some."""
+
+    def __init__(self, original: Any, values: dict[str, Any]) -> None:
+        self.original, self.values = original, values
+
+    def close(self) -> Any:
+        values = {name: closed(value) for name, value in self.values.items()}
+        if isinstance(self.original, SimpleNamespace):
+            return SimpleNamespace(**values)
+        first = {field.name: values[field.name] for field in dataclasses.fields(self.original) if field.init}
+        made = dataclasses.replace(self.original, **first)
+        for name in values.keys() - first.keys():
+            object.__setattr__(made, name, values[name])
+        return made
+
+
+register_pytree_node(
+    _Opened,
+    lambda x: ([*x.values.values()], (x.original, [*x.values])),
+    lambda values, context: _Opened(context[0], dict(zip(context[1], values, strict=True))),
+)
+
+
+def opened(x: Any) -> Any:
+    """`x` with everything opened that holds a tensor.
+
+    Raises:
+        DomainParallelError: if an object holds one that cannot be opened.
+    """
+    return tree_map(_open, x, is_leaf=lambda one: isinstance(one, Tensor))
+
+
+def closed(x: Any) -> Any:
+    """The inverse of `opened`."""
+    return tree_map(lambda one: one.close() if isinstance(one, _Opened) else one, x, is_leaf=_is_closed)
+
+
+def _is_closed(x: Any) -> bool:
+    return isinstance(x, _Opened | Tensor)
+
+
+def _open(x: Any) -> Any:
+    if isinstance(x, Tensor | bool | int | float | str | bytes | type(None) | type):
+        return x
+    if isinstance(x, SimpleNamespace):
+        return _Opened(x, {name: opened(value) for name, value in vars(x).items()})
+    if dataclasses.is_dataclass(x):
+        return _Opened(x, {field.name: opened(getattr(x, field.name)) for field in dataclasses.fields(x)})
+    if _holds_tensor(x, DEPTH):
+        raise DomainParallelError(
+            f"a tensor inside of a {type(x).__module__}.{type(x).__qualname__} comes to the border of a sharded model, "
+            f"where it would be taken for whole. Give tensors by themselves or in tuples, lists, dictionaries, "
+            f"dataclasses; or register the type with torch.utils._pytree.register_pytree_node."
+        )
+    return x
+
+
+def _holds_tensor(x: Any, depth: int) -> bool:
+    if isinstance(x, Tensor):
+        return True
+    if depth == 0 or isinstance(x, bool | int | float | str | bytes | type | nn.Module):
+        return False
+    return any(_holds_tensor(value, depth - 1) for value in _contents(x))
+
+
+def _contents(x: Any) -> Iterable[Any]:
+    if isinstance(x, Mapping):
+        yield from x.values()
+    elif isinstance(x, list | tuple | set | frozenset):
+        yield from x
+    yield from getattr(x, "__dict__", {}).values()
+    for kind in type(x).__mro__:
+        slots = getattr(kind, "__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(x, slot):
+                yield getattr(x, slot)

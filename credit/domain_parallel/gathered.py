@@ -1,0 +1,210 @@
+"""What has no rule of its own: computed on gathered operands, on every rank alike. Exact, and slower; it is said once.
+
+Functions that draw random numbers draw the same on every rank, as the root of a converted model compares the ranks'
+generators. What is changed in place is given back, and views are views.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from credit.domain_parallel.outcome import leaves, replaced, shares
+from credit.domain_parallel.reshard import own, whole
+from credit.domain_parallel.slab import Slab, is_slab, line_of, name_of, refuse, rules_of, whereabouts
+
+logger = logging.getLogger(__name__)
+
+REFUSED = {
+    **dict.fromkeys(
+        ("numpy", "__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "share_memory_", "set_"),
+        "the rows are in the memory of several ranks",
+    ),
+    **dict.fromkeys(("__set__", "__delete__"), "the attribute belongs to every rank's rows"),
+    **dict.fromkeys(
+        ("backward", "grad", "register_post_accumulate_grad_hook"), "the loss is known outside of the model alone"
+    ),
+    **dict.fromkeys(("__reduce_ex__", "__setstate__"), "each rank has its own rows only"),
+    "as_strided": "strides count entries of one device's memory",
+    "as_strided_": "strides count entries of one device's memory",
+}
+"""What cannot be done on gathered operands, by the name of the function, and why."""
+
+
+@dataclass(frozen=True)
+class Gather:
+    """A call that was computed on gathered operands.
+
+    Attributes:
+        call: the torch function.
+        module: path of the module it was called in.
+        place: the line of code.
+        bytes: size of the operands that were gathered.
+    """
+
+    call: str
+    module: str
+    place: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.module}: {self.call} has no sharded form; {self.bytes / 2**20:.1f} MiB gathered.{self.place}"
+
+
+class _State(threading.local):
+    """Of the rank in this thread: what is seen of gathers, and whether there may be any."""
+
+    recorded: list[Gather] | None = None
+    refused = False
+
+
+_state = _State()
+_said: set[Any] = set()
+
+
+@contextmanager
+def gathers_recorded() -> Iterator[list[Gather]]:
+    """While it lasts, gathers of this rank are listed, one a line of code, and not logged."""
+    before, _state.recorded = _state.recorded, []
+    try:
+        yield _state.recorded
+    finally:
+        _state.recorded = before
+
+
+@contextmanager
+def gathers_refused(refused: bool) -> Iterator[None]:
+    """While it lasts, what would be gathered is refused, if `refused`."""
+    before, _state.refused = _state.refused, refused
+    try:
+        yield
+    finally:
+        _state.refused = before
+
+
+def gathered(func: Any, args: tuple, kwargs: dict, viewed: Callable[..., Tensor]) -> Any:
+    """func(*args, **kwargs) on whole operands.
+
+    Args:
+        viewed: makes a result a view of a slab, see `calls.viewed`.
+
+    Raises:
+        DomainParallelError: if that would not be exact.
+        what torch raises.
+    """
+    name = getattr(func, "__name__", "")
+    slabs = {id(x): x for x in leaves((args, kwargs)) if is_slab(x)}
+    if name in REFUSED or getattr(func, "__module__", "") == "torch.autograd":
+        refuse(name_of(func), REFUSED.get(name, REFUSED["grad"]))
+    if not slabs:
+        refuse(name_of(func), "it was given fields where they are not found")
+    if _state.refused or not all(type(x) is Slab for x in slabs.values()):
+        refuse(name_of(func), "it has no rule for such arguments")
+    with _normal_mode():
+        wholes = {key: _as_stored(x) for key, x in slabs.items()}
+        _tell(func, sum(x.nbytes for x in wholes.values()), next(iter(slabs.values())))
+        versions = {key: x._version for key, x in wholes.items()}
+        given = replaced((args, kwargs), lambda x: wholes.get(id(x), x))
+        found = func(*given[0], **given[1])
+    for key, x in wholes.items():
+        if x._version != versions[key]:
+            _give_back(slabs[key], x, func)
+
+    def view(x: Tensor, number: int, base: Slab) -> Tensor:
+        result = _cut_like(x, base)
+        return viewed(
+            base,
+            result,
+            True,
+            lambda: _made_again(func, args, kwargs, number, result),
+            lambda other: _tensors(_with(func, args, kwargs, {id(base): other}))[number],
+        )
+
+    def cut(x: Tensor, number: int) -> Tensor:
+        for key, operand in wholes.items():
+            if x is operand:
+                return slabs[key]
+            if shares(operand, x):
+                return view(x, number, slabs[key])
+        return _cut_like(x, next(iter(slabs.values())))
+
+    results = {id(x): cut(x, number) for number, x in enumerate(_tensors(found))}
+    return replaced(found, lambda x: results[id(x)])
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    return [one for one in leaves(x) if isinstance(one, Tensor)]
+
+
+def _with(func: Any, args: tuple, kwargs: dict, others: dict[int, Tensor]) -> Any:
+    given = replaced((args, kwargs), lambda x: others.get(id(x), x))
+    return func(*given[0], **given[1])
+
+
+def _made_again(func: Any, args: tuple, kwargs: dict, number: int, like: Tensor) -> Tensor:
+    """This rank's part of a result that is a view."""
+    with rules_of(Slab, func):
+        found = _tensors(
+            _with(func, args, kwargs, {id(x): _as_stored(x) for x in _tensors((args, kwargs)) if is_slab(x)})
+        )
+        return own(found[number], like.cut, like) if isinstance(like, Slab) else found[number]
+
+
+def _normal_mode() -> AbstractContextManager:
+    """Outside of inference mode, in which changes in place are not counted."""
+    if not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return _without_inference()
+
+
+@contextmanager
+def _without_inference() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _as_stored(x: Slab) -> Tensor:
+    """The whole of `x`, in the order of memory in which one device would hold it."""
+    gathered = whole(x)
+    if x.strides is None:
+        return gathered
+    order = sorted(range(x.ndim), key=lambda axis: -x.strides[axis])  # type: ignore[index]
+    places = sorted(range(x.ndim), key=lambda place: order[place])
+    return gathered.permute(order).contiguous().permute(places)
+
+
+def _give_back(target: Slab, whole: Tensor, func: Any) -> None:
+    """Change `target` in place to what `whole`, made of it, was changed to."""
+    if whole.shape != target.shape:
+        refuse(name_of(func), "it changes the shape of a field in place")
+    target.local.copy_(own(whole, target.cut, target))
+    target.changed()
+
+
+def _cut_like(x: Tensor, like: Slab) -> Tensor:
+    """`x`, whole, cut as `like` is where it has such an axis."""
+    if x.ndim != like.ndim or x.shape[like.cut] != like.shape[like.cut] or x.layout is not torch.strided:
+        return x
+    cut = like.like(own(x, like.cut, like).clone())  # a part of it would keep the whole
+    cut.strides = None if x.is_contiguous() else x.stride()
+    return cut
+
+
+def _tell(func: Any, size: int, slab: Slab) -> None:
+    key = (func, line_of(sys._getframe(1)))
+    if _state.recorded is not None:
+        if all((one.call, one.place) != (name_of(func), key[1]) for one in _state.recorded):
+            module, _ = whereabouts(sys._getframe(1))
+            _state.recorded.append(Gather(name_of(func), module, key[1], size))
+    elif slab.group.rank == 0 and key not in _said:
+        _said.add(key)
+        module, place = whereabouts(sys._getframe(1))
+        logger.warning("%s", Gather(name_of(func), module, place, size))

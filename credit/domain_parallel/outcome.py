@@ -1,0 +1,149 @@
+"""What torch would return for whole tensors: shapes, strides, and which results are views. Found without values.
+
+All of it follows from the global shapes and strides of the operands, so every rank finds the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from credit.domain_parallel.groups import RankGroup
+
+MAX_KNOWN = 10_000
+
+
+class Outcome(NamedTuple):
+    """One tensor that a call returns.
+
+    Attributes:
+        strides: None if it is contiguous.
+        base: the number of the operand of which it is a view, None for a new tensor.
+        same: it is that operand.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    dtype: torch.dtype
+    base: int | None
+    same: bool
+
+
+_known: dict[Any, list[Outcome] | None] = {}
+
+
+def leaves(x: Any) -> Iterable[Any]:
+    """The tensors and values in (nested) tuples, lists and dictionaries, in order."""
+    if isinstance(x, tuple | list):
+        for one in x:
+            yield from leaves(one)
+    elif isinstance(x, dict):
+        for one in x.values():
+            yield from leaves(one)
+    else:
+        yield x
+
+
+def replaced(x: Any, change: Any) -> Any:
+    """`x` with every tensor changed, wherever tuples, lists and dictionaries hold it."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, tuple | list):
+        changed = [replaced(one, change) for one in x]
+        return type(x)(*changed) if hasattr(x, "_fields") else type(x)(changed)
+    if isinstance(x, dict):
+        return {name: replaced(one, change) for name, one in x.items()}
+    return x
+
+
+def outcomes(func: Any, args: tuple, kwargs: dict) -> list[Outcome] | None:
+    """The tensors that func(*args, **kwargs) returns; None where torch cannot tell without values.
+
+    Raises:
+        what torch raises for such operands.
+    """
+    key = (func, _token(args), _token(kwargs))
+    try:
+        return _known[key]
+    except KeyError:
+        pass
+    if len(_known) > MAX_KNOWN:
+        _known.clear()
+    _known[key] = found = _find(func, args, kwargs)
+    return found
+
+
+def strides_of(x: Tensor) -> tuple[int, ...] | None:
+    """None if `x`, whole, is contiguous."""
+    if isinstance(getattr(x, "group", None), RankGroup):
+        return x.strides  # type: ignore[attr-defined]
+    return None if x.layout is not torch.strided or x.is_contiguous() else x.stride()
+
+
+def _token(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.shape, strides_of(x), x.dtype, x.layout, x.is_conj()
+    if isinstance(x, tuple | list):
+        return type(x), tuple(map(_token, x))
+    if isinstance(x, dict):
+        return tuple((name, _token(one)) for name, one in x.items())
+    if isinstance(x, slice):
+        return "slice", _token(x.start), _token(x.stop), _token(x.step)
+    return type(x), x
+
+
+def _find(func: Any, args: tuple, kwargs: dict) -> list[Outcome] | None:
+    operands: list[Tensor] = []
+
+    def empty(x: Tensor) -> Tensor:
+        if x.layout is not torch.strided:
+            raise NotImplementedError("sparse tensors")
+        strides = strides_of(x)
+        meta = torch.empty(x.shape, dtype=x.dtype, device="meta")
+        if strides is not None:
+            meta = torch.empty_strided(x.shape, strides, dtype=x.dtype, device="meta")
+        operands.append(meta)
+        return meta
+
+    try:
+        given = replaced((args, kwargs), empty)
+        if func.__name__.endswith("_like") and "device" in kwargs:
+            given[1]["device"] = "meta"  # nothing is drawn
+        with torch.no_grad():
+            found = func(*given[0], **given[1])
+    except NotImplementedError:
+        return None
+    if _keeps_channels_last(func, args, kwargs) and any(map(_is_channels_last, operands[:2])):
+        found = found.contiguous(memory_format=_CHANNELS_LAST[found.ndim])
+    return [_outcome(x, operands) for x in leaves(found) if isinstance(x, Tensor)]
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _keeps_channels_last(func: Any, args: tuple, kwargs: dict) -> bool:
+    """Functions that store their result like that, which torch (2.13) does not say without values."""
+    name = func.__name__
+    if name == "pad":
+        return any(x in ("reflect", "replicate") for x in (*args, *kwargs.values()) if isinstance(x, str))
+    return name in ("group_norm", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d")
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.ndim in _CHANNELS_LAST and not x.is_contiguous() and x.is_contiguous(memory_format=_CHANNELS_LAST[x.ndim])
+
+
+def _outcome(x: Tensor, operands: list[Tensor]) -> Outcome:
+    base = next((i for i, operand in enumerate(operands) if shares(operand, x)), None)
+    same = base is not None and operands[base] is x
+    return Outcome(tuple(x.shape), None if x.is_contiguous() else x.stride(), x.dtype, base, same)
+
+
+def shares(a: Tensor, b: Tensor) -> bool:
+    """True if `a` and `b` are in one piece of memory."""
+    if a.layout is not torch.strided or b.layout is not torch.strided:
+        return False
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata

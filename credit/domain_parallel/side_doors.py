@@ -1,0 +1,75 @@
+"""Ways out of a converted model and into its parts that do not lead through its border. They are shut.
+
+What a forward returns leaves as this rank's rows, and its cotangent counts once. What it keeps on a module instead
+would be used outside as it is: a loss by every rank, so that its gradient counts as often as there are ranks. A part
+that is called by itself would take a shard for the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from credit.domain_parallel.manager import DomainParallelError
+from credit.domain_parallel.slab import Slab, is_inside_model
+
+_OURS = ("credit.domain_parallel.", "credit.parallel.")
+_HIDDEN = ("_parameters", "_buffers", "_modules")
+
+
+def refuse_side_doors(root: nn.Module) -> None:
+    """To be called after a forward of `root`.
+
+    Raises:
+        DomainParallelError: if a module keeps a tensor with a gradient that has come from a field. (A `Slab` itself is
+            refused when it is used.)
+    """
+    for path, module in root.named_modules():
+        for name, value in vars(module).items():
+            if name not in _HIDDEN and isinstance(value, Tensor | list | tuple | dict):
+                for x in _tensors(value):
+                    if not isinstance(x, Slab) and x.requires_grad and x.grad_fn is not None and _of_fields(x.grad_fn):
+                        raise DomainParallelError(
+                            f"{path or type(root).__name__}.{name}: the forward kept a tensor with a gradient there, "
+                            f"which every rank would add to its loss. Return it from the model's forward, or detach it."
+                        )
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, list | tuple):
+        for one in x:
+            yield from _tensors(one)
+    elif isinstance(x, dict):
+        yield from _tensors([*x.values()])
+
+
+def _of_fields(function: Any) -> bool:
+    """True if a function of this package is in the graph behind `function`."""
+    seen, todo = set(), [function]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        forward = getattr(type(node), "_forward_cls", None)
+        if forward is not None and forward.__module__.startswith(_OURS):
+            return True
+        todo.extend(before for before, _ in node.next_functions)
+    return False
+
+
+def only_inside(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook of the parts of a converted model.
+
+    Raises:
+        DomainParallelError: if the part is called by itself.
+    """
+    if not is_inside_model():
+        raise DomainParallelError(
+            f"{type(module).__name__} is a part of a converted model and was called by itself: it would take this "
+            f"rank's rows for a whole field. Call the model; or give the part a model of its own and convert that."
+        )
