@@ -7,7 +7,6 @@ memory, and the strides of the whole are known.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -17,8 +16,9 @@ from torch import Tensor
 from credit.domain_parallel.gathered import gathered
 from credit.domain_parallel.halo_exchange import moves
 from credit.domain_parallel.outcome import Outcome, leaves, outcomes, replaced, shares, strides_of
+from credit.domain_parallel.partition import PartitionError
 from credit.domain_parallel.slab import ASKS, COMPOSITE, RULES, Declined, Slab, answers, refuse, rules_of
-from credit.domain_parallel.storage import Memory, View, positions_in
+from credit.domain_parallel.storage import Memory, Place, View, stored
 
 POINTWISE: set[Any] = set()
 """Functions of corresponding entries: new tensors of contiguous operands are contiguous."""
@@ -41,8 +41,10 @@ class _Traits(NamedTuple):
         views: it may return a view.
         first: it changes its first argument in place.
         flag: (position, name) of the argument that makes it do so, if there is one.
+        detaches: what it returns has no gradient.
     """
 
+    detaches: bool
     views: bool
     first: bool
     flag: tuple[int, str] | None
@@ -59,7 +61,7 @@ def _traits(func: Any) -> _Traits:
     if inspect.isfunction(func):
         names = [*inspect.signature(func).parameters]
         flag = (names.index("inplace"), "inplace") if "inplace" in names else None
-    return _Traits(name in VIEWS.split(), changes, flag)
+    return _Traits(name in ("detach", "data"), name in VIEWS.split(), changes, flag)
 
 
 def changed_by(func: Any, args: tuple, kwargs: dict) -> list[Any]:
@@ -99,7 +101,7 @@ def answer(func: Any, args: tuple, kwargs: dict) -> Any:
     before = moves()
     try:
         found = rule(*args, **kwargs)
-    except Declined:
+    except (Declined, PartitionError):
         return _gathered(func, args, kwargs)
     if expected is not None and not traits.first:
         found = _finished(func, args, kwargs, found, expected, moves() != before)
@@ -122,18 +124,17 @@ def _finished(func: Any, args: tuple, kwargs: dict, found: Any, expected: list[O
     _compare(func, results, expected)
     operands = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
     exchanged: dict[int, Any] = {}
+    views = _traits(func).views
     for i, (x, one) in enumerate(zip(results, expected, strict=True)):
         base = None if one.base is None else operands[one.base]
         if isinstance(base, Slab):
-            if one.same:
-                exchanged[i] = base
-                continue
-            again = partial(_again, func, args, kwargs, i)
-            exchanged[i] = viewed(base, x, moved, again, partial(_place, func, args, kwargs, base, i))
-        elif isinstance(x, Slab) and _traits(func).views:
-            _set_apart(x, operands)
-        if isinstance(exchanged.get(i, x), Slab):
-            exchanged.get(i, x).strides = one.strides
+            again, place = partial(_again, func, args, kwargs, i), partial(_place, func, args, kwargs, base, i)
+            view = View(base, again, place, base.detached or _traits(func).detaches)
+            exchanged[i] = base if one.same else viewed(view, _own(x, base), moved, one.strides)
+        elif isinstance(x, Slab):
+            if any(y is x or (views and isinstance(y, Slab) and shares(y._local, x._local)) for y in operands):
+                x = exchanged[i] = x.like(x.local.clone())  # its rows needed no change here, and are not to be shared
+            x.strides = one.strides
     if not exchanged:
         return found
     numbers = iter(range(len(results)))
@@ -170,34 +171,37 @@ def _place(func: Any, args: tuple, kwargs: dict, base: Slab, i: int, whole: Tens
     return [x for x in leaves(func(*args, **kwargs)) if isinstance(x, Tensor)][i]
 
 
-def _set_apart(x: Slab, operands: list[Tensor]) -> None:
-    """Copy a new tensor that shares this rank's memory with an operand, as its rows needed no change here."""
-    if any(isinstance(y, Slab) and shares(y._local, x._local) for y in operands):
-        x._local = x._local.clone()
+def _own(x: Tensor, base: Slab) -> Tensor:
+    """`x` as a slab of its own where a rule gave `base` itself."""
+    return base.like(base.local) if x is base else x
 
 
-def viewed(base: Slab, x: Tensor, moved: bool, read: Callable[[], Tensor], place: Callable[[Tensor], Tensor]) -> Tensor:
-    """`x`, which torch would call a view of `base`, as one.
+def viewed(view: View, x: Tensor, moved: bool, strides: tuple[int, ...] | None) -> Tensor:
+    """`x`, which torch would call a view, as one.
 
     Args:
+        view: whose `place` is on the whole base.
         moved: its rows came from other ranks, on some rank at least.
-        read: makes this rank's part of it anew.
-        place: the same view of another whole tensor in place of `base`.
+        strides: of the view on one device.
     """
-    if base.memory is None:
-        base.memory = Memory(base._local)
-    local = x._local if isinstance(x, Slab) else x
-    if shares(base._local, local):
-        if not moved and isinstance(x, Slab):
-            x.memory = base.memory
-            return x
-        local = local.clone()
-    cut = (x.cut, x.partition) if isinstance(x, Slab) else None
-    memory = Memory(local, View(base, read, positions_in(base, place), cut))
-    if not isinstance(x, Slab):
-        return WholeView(local, memory)
-    x._local, x.memory = local, memory
-    return x
+    base = view.base
+    memory = base.remembered()
+    view = view._replace(place=partial(_composed, base.place, view.place))
+    if isinstance(x, Slab):
+        x.strides = strides
+        if shares(base._local, x._local):
+            if not moved:
+                x.memory, x.place, x.detached = memory, view.place, view.detached
+                return x
+            x._local = x._local.clone()
+        x.memory = Memory(x._local, tuple(x.shape), (x.cut, x.partition), view, strides)
+        return x
+    local = stored(x, strides)
+    return WholeView(local, Memory(local, tuple(x.shape), None, view, strides if local.is_contiguous() else None))
+
+
+def _composed(first: Place, second: Place, x: Tensor) -> Tensor:
+    return second(first(x))
 
 
 class WholeView(torch.Tensor):

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from credit.domain_parallel.outcome import leaves, replaced, shares
 from credit.domain_parallel.reshard import own, whole
 from credit.domain_parallel.slab import Slab, is_slab, line_of, name_of, refuse, rules_of, whereabouts
+from credit.domain_parallel.storage import View, stored
 
 logger = logging.getLogger(__name__)
 
@@ -120,13 +122,13 @@ def gathered(func: Any, args: tuple, kwargs: dict, viewed: Callable[..., Tensor]
 
     def view(x: Tensor, number: int, base: Slab) -> Tensor:
         result = _cut_like(x, base)
-        return viewed(
-            base,
-            result,
-            True,
-            lambda: _made_again(func, args, kwargs, number, result),
-            lambda other: _tensors(_with(func, args, kwargs, {id(base): other}))[number],
-        )
+        again = partial(_made_again, func, args, kwargs, number, result)
+
+        def place(other: Tensor) -> Tensor:
+            return _tensors(_with(func, args, kwargs, {id(base): other}))[number]
+
+        strides = None if x.is_contiguous() else x.stride()
+        return viewed(View(base, again, place, base.detached), result, True, strides)
 
     def cut(x: Tensor, number: int) -> Tensor:
         for key, operand in wholes.items():
@@ -172,13 +174,8 @@ def _without_inference() -> Iterator[None]:
 
 
 def _as_stored(x: Slab) -> Tensor:
-    """The whole of `x`, in the order of memory in which one device would hold it."""
-    gathered = whole(x)
-    if x.strides is None:
-        return gathered
-    order = sorted(range(x.ndim), key=lambda axis: -x.strides[axis])  # type: ignore[index]
-    places = sorted(range(x.ndim), key=lambda place: order[place])
-    return gathered.permute(order).contiguous().permute(places)
+    """The whole of `x`, as one device would hold it."""
+    return whole(x) if x.strides is None else stored(whole(x), x.strides)
 
 
 def _give_back(target: Slab, whole: Tensor, func: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.halo_exchange import exchange, moved
-from credit.domain_parallel.partition import Everything, Partition, RowMap, Rows, make_plan
+from credit.domain_parallel.partition import Everything, Partition, PartitionError, RowMap, Rows, make_plan
 from credit.domain_parallel.slab import Slab, is_slab
 
 
@@ -104,6 +104,8 @@ def other_axis(slab: Slab, taken: tuple[int, ...] = ()) -> int | None:
 
 def reshard(slab: Slab, cut: int) -> Slab:
     """The same tensor cut along another axis: an all-to-all in which every rank sends to every other once."""
+    if slab.shape[cut] < slab.group.size:
+        raise PartitionError(f"an axis of {slab.shape[cut]} entries cannot be cut over {slab.group.size} ranks")
     moved()
     target = Partition(slab.shape[cut], slab.group.size)
     local = _Transpose.apply(slab.local, (slab.cut, slab.partition), (cut, target), slab.group)

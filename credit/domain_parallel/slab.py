@@ -30,7 +30,7 @@ from credit.domain_parallel.binding import bind, declarations
 from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.manager import DomainParallelError
 from credit.domain_parallel.partition import Partition
-from credit.domain_parallel.storage import Memory
+from credit.domain_parallel.storage import Memory, Place, everything
 
 RULES: dict[Any, Callable[..., Any]] = {}
 """What a torch function does when one of its arguments is a slab, given the arguments as they are."""
@@ -108,7 +108,8 @@ class Slab(torch.Tensor):
         partition: how it is cut.
         group: the ranks that share the tensor.
         strides: of the whole tensor, had one device made it; None if that is contiguous.
-        memory: where the rows are, once other slabs are views of this one, or it of another.
+        memory: where the rows are, once other slabs are views of this one, or it of another; and which view this
+            is of the tensor that owns it (`place`), `detached` from its gradients or not.
         shared: rows fetched for several windows at once, see `share_halo`.
     """
 
@@ -120,6 +121,8 @@ class Slab(torch.Tensor):
     group: RankGroup
     strides: tuple[int, ...] | None
     memory: Memory | None
+    place: Place
+    detached: bool
     shared: tuple[Any, ...] | None
     _local: Tensor
 
@@ -134,6 +137,7 @@ class Slab(torch.Tensor):
         )
         self._local, self.cut, self.partition, self.group = local, cut, partition, group
         self.strides = self.memory = self.shared = None
+        self.place, self.detached = everything, False
         return self
 
     @property
@@ -162,18 +166,23 @@ class Slab(torch.Tensor):
 
     def alias(self) -> Slab:
         """Another slab of the same memory."""
-        if self.memory is None:
-            self.memory = Memory(self._local)
         other = self.like(self.local)
-        other.memory, other.strides = self.memory, self.strides
+        other.memory, other.strides = self.remembered(), self.strides
+        other.place, other.detached = self.place, self.detached
         return other
+
+    def remembered(self) -> Memory:
+        """Its memory, of which there are views from now on."""
+        if self.memory is None:
+            self.memory = Memory(self._local, tuple(self.shape), (self.cut, self.partition))
+        return self.memory
 
     def changed(self) -> None:
         """To be called when the rows were changed in place: views see it, and gradients may be needed since."""
         if self._local.requires_grad and not self.requires_grad:
             self.requires_grad_(True)
         if self.memory is not None:
-            self.memory.changed()
+            self.memory.changed(self.detached)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

@@ -1,9 +1,10 @@
 """Which slabs torch would call views of one another, and what a change in place does to the others.
 
 Where a rank's rows of a view are a part of its rows of the base, they share memory, and torch sees to everything.
-Where they came from other ranks they are a copy. A `Memory` is such a piece of memory; it knows the slab that it is a
-view of. A change goes to the base at once, through the chain of views; a copy is filled anew when it is next read, if
-anything was changed meanwhile. (So does torch's functionalization, torch/_subclasses/functional_tensor.py.)
+Where they came from other ranks they are a copy. A `Memory` is such a piece of memory, with the tensor that owns it; a
+copy knows what it is a view of. A change goes to the base at once, through the chain of views; a copy is filled anew
+when it is next read, if anything was changed meanwhile. (So does torch's functionalization,
+torch/_subclasses/functional_tensor.py.)
 
 That a slab is read or changed is known to every rank alike, from the code that all run; so is which slab is a view of
 which, from global shapes and strides. No address and no reference count is looked at to decide on a message.
@@ -11,7 +12,7 @@ which, from global shapes and strides. No address and no reference count is look
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,6 +23,14 @@ from credit.domain_parallel.partition import Partition
 if TYPE_CHECKING:
     from credit.domain_parallel.slab import Slab
 
+Place = Callable[[Tensor], Tensor]
+"""A view, as a function of the whole tensor that owns the memory."""
+
+
+def everything(x: Tensor) -> Tensor:
+    """The view that is the tensor itself."""
+    return x
+
 
 class View(NamedTuple):
     """How a copy was made.
@@ -29,28 +38,38 @@ class View(NamedTuple):
     Attributes:
         base: the slab of which torch would call it a view.
         read: makes this rank's part of the view anew.
-        positions: the place in the flattened base, for each entry of the whole view.
-        cut: along which axis of the view and how, None if it is whole.
+        place: the same view of the whole tensor that owns the memory of `base`.
+        detached: no gradient goes from the view to the base.
     """
 
     base: Slab
     read: Callable[[], Tensor]
-    positions: Callable[[], Tensor]
-    cut: tuple[int, Partition] | None
+    place: Place
+    detached: bool
 
 
 class Memory:
     """One piece of memory of this rank.
 
     Attributes:
-        root: that of the tensor that all are views of; `changes` is counted there alone.
+        local: this rank's part of the tensor that owns it, which is `cut` along an axis, or whole (None).
+        shape: of that whole tensor.
+        root: the memory of the tensor that all are views of; `changes` is counted there alone.
         seen: the changes that this copy has in it.
-        local: the copy.
+        overlaps: it has some entries twice that have one place in the base.
     """
 
-    def __init__(self, local: Tensor, view: View | None = None) -> None:
-        self.local, self.view = local, view
-        self.root: Memory = self if view is None else view.base.memory.root  # type: ignore[union-attr]
+    def __init__(
+        self,
+        local: Tensor,
+        shape: tuple[int, ...],
+        cut: tuple[int, Partition] | None,
+        view: View | None = None,
+        strides: tuple[int, ...] | None = None,
+    ) -> None:
+        self.local, self.shape, self.cut, self.view = local, shape, cut, view
+        self.overlaps = strides is not None and _overlap(shape, strides)
+        self.root: Memory = self if view is None else _of(view.base).root
         self.changes = 0
         self.seen = self.root.changes
 
@@ -59,41 +78,93 @@ class Memory:
         if self.view is None or self.seen == self.root.changes:
             return
         with torch.set_grad_enabled(self.local.requires_grad or self.view.base.local.requires_grad):
-            self.local.copy_(self.view.read())
+            _once_each(self.local).copy_(_once_each(self.view.read(), like=self.local))
         self.seen = self.root.changes
 
-    def changed(self) -> None:
-        """Tell the base, and its own, what was changed here in place."""
+    def changed(self, detached: bool = False) -> None:
+        """Tell the base, and its own, what was changed here in place; by a tensor without their gradients, perhaps."""
         self.root.changes += 1
         chain = [self]
         while chain[-1].view is not None:
-            chain.append(chain[-1].view.base.memory)  # type: ignore[arg-type]
+            chain.append(_of(chain[-1].view.base))
         for memory in chain:
             memory.seen = self.root.changes
         for memory in chain[:-1]:
-            memory._write_back(memory.view)  # type: ignore[arg-type]
+            detached = detached or memory.view.detached  # type: ignore[union-attr]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
+                memory._write_back(memory.view)  # type: ignore[arg-type]
+        for memory in chain:
+            if memory.overlaps:
+                memory.seen = -1  # the other entry of the same place has not got the change
 
     def _write_back(self, view: View) -> None:
-        from credit.domain_parallel.reshard import own, whole
+        from credit.domain_parallel.reshard import own
+        from credit.domain_parallel.slab import refuse
 
-        positions = view.positions().flatten()
-        if positions.unique().numel() < positions.numel():
-            raise RuntimeError(
-                "unsupported operation: more than one element of the written-to tensor refers to a single memory "
-                "location. Please clone() the tensor before performing the operation."
-            )
-        base = view.base
-        mine = self.local if view.cut is None else whole(type(base)(self.local, *view.cut, base.group))
-        flat = whole(base).reshape(-1).index_copy(0, positions.to(mine.device), mine.reshape(-1))
-        base._local.copy_(own(flat.view(tuple(base.shape)), base.cut, base))
-
-
-def positions_in(base: Slab, func: Callable[[Tensor], Any]) -> Callable[[], Any]:
-    """The place in the flattened base of each entry of func(base), a view."""
-    shape = tuple(base.shape)
-
-    def find() -> Any:
+        owner, kind, group = _of(view.base), type(view.base), view.base.group
         with torch.no_grad():
-            return func(torch.arange(base.numel()).view(shape))
+            numbers = torch.arange(torch.Size(owner.shape).numel(), device=self.local.device).view(owner.shape)
+            places = view.place(numbers)
+        mine, base = _whole(self, kind, group), _whole(owner, kind, group)
+        places, mine = (_once_each(x, like=mine).reshape(-1) for x in (places, mine))
+        base = base.reshape(-1)
+        if places.unique().numel() < places.numel():
+            # Windows that overlap, say, of which one was changed: that one counts.
+            if torch.is_grad_enabled() and (mine.requires_grad or base.requires_grad):
+                refuse("a change in place of a view whose entries overlap", "gradients of the entries are not known")
+            before = base[places]
+            new = ~((mine == before) | (mine.isnan() & before.isnan()))
+            places, mine = places[new], mine[new]
+        # Not index_copy, which keeps what it was given for its backward.
+        changed = base.index_put((places,), mine).view(owner.shape)
+        if owner.cut is not None:
+            axis, partition = owner.cut
+            changed = own(changed, axis, kind(owner.local.detach(), axis, partition, group))
+        owner.local.copy_(changed)
 
-    return find
+
+def _of(slab: Slab) -> Memory:
+    assert slab.memory is not None, "a slab that has views has a memory"
+    return slab.memory
+
+
+def _whole(memory: Memory, kind: type[Slab], group: Any) -> Tensor:
+    from credit.domain_parallel.reshard import whole
+
+    return memory.local if memory.cut is None else whole(kind(memory.local, *memory.cut, group))
+
+
+def stored(x: Tensor, strides: tuple[int, ...] | None) -> Tensor:
+    """A copy of `x` with these strides, gaps included; contiguous for None, and where entries would share a place."""
+    if strides is None:
+        return x.clone(memory_format=torch.contiguous_format)
+    narrow = x
+    for axis in _repeated(x.shape, strides):
+        narrow = narrow.narrow(axis, 0, 1)
+    if _overlap(narrow.shape, strides):
+        return x.clone(memory_format=torch.contiguous_format)
+    kept = [step or 1 for step in strides]
+    return torch.empty_strided(narrow.shape, kept, dtype=x.dtype, device=x.device).copy_(narrow).expand(x.shape)
+
+
+def _repeated(shape: torch.Size, strides: tuple[int, ...]) -> list[int]:
+    """Axes along which all entries are one."""
+    return [axis for axis, (length, step) in enumerate(zip(shape, strides, strict=True)) if length > 1 and not step]
+
+
+def _once_each(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """`x` without the entries that `like` (itself) holds several times in one place."""
+    like = x if like is None else like
+    for axis in _repeated(like.shape, like.stride()):
+        x = x.narrow(axis, 0, 1)
+    return x
+
+
+def _overlap(shape: Sequence[int], strides: tuple[int, ...]) -> bool:
+    """True if two entries may have one place."""
+    reach = 0
+    for step, length in sorted((step, length) for step, length in zip(strides, shape, strict=True) if length > 1):
+        if step <= reach:
+            return True
+        reach += step * (length - 1)
+    return False

@@ -76,7 +76,12 @@ def _filled(name: str) -> Any:
     def call(input: Slab, *args: Any, **kwargs: Any) -> Slab:
         if any(isinstance(x, Tensor) for x in (*args, *kwargs.values())):
             raise Declined
-        drawn: Tensor = getattr(_whole_like(input, tuple(input.shape)), name)(*args, **kwargs)
+        empty = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+        if input.strides is not None:
+            if 0 in input.strides:
+                raise Declined
+            empty = torch.empty_strided(input.shape, input.strides, dtype=input.dtype, device=input.device)
+        drawn: Tensor = getattr(empty, name)(*args, **kwargs)
         input.local.copy_(own(drawn, input.cut, input))
         return input
 
