@@ -18,7 +18,7 @@ from credit.domain_parallel.halo_exchange import moves
 from credit.domain_parallel.outcome import Outcome, leaves, outcomes, replaced, shares, strides_of
 from credit.domain_parallel.partition import PartitionError
 from credit.domain_parallel.slab import ASKS, COMPOSITE, RULES, Declined, Slab, answers, refuse, rules_of
-from credit.domain_parallel.storage import Memory, Place, View, stored
+from credit.domain_parallel.storage import Memory, Place, View, expanded, repeated, stored
 
 POINTWISE: set[Any] = set()
 """Functions of corresponding entries: new tensors of contiguous operands are contiguous."""
@@ -124,7 +124,6 @@ def _finished(func: Any, args: tuple, kwargs: dict, found: Any, expected: list[O
     _compare(func, results, expected)
     operands = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
     exchanged: dict[int, Any] = {}
-    views = _traits(func).views
     for i, (x, one) in enumerate(zip(results, expected, strict=True)):
         base = None if one.base is None else operands[one.base]
         if isinstance(base, Slab):
@@ -132,7 +131,7 @@ def _finished(func: Any, args: tuple, kwargs: dict, found: Any, expected: list[O
             view = View(base, again, place, base.detached or _traits(func).detaches)
             exchanged[i] = base if one.same else viewed(view, _own(x, base), moved, one.strides)
         elif isinstance(x, Slab):
-            if any(y is x or (views and isinstance(y, Slab) and shares(y._local, x._local)) for y in operands):
+            if any(y is x or (isinstance(y, Slab) and shares(y._local, x._local)) for y in operands):
                 x = exchanged[i] = x.like(x.local.clone())  # its rows needed no change here, and are not to be shared
             x.strides = one.strides
     if not exchanged:
@@ -194,10 +193,12 @@ def viewed(view: View, x: Tensor, moved: bool, strides: tuple[int, ...] | None) 
                 x.memory, x.place, x.detached = memory, view.place, view.detached
                 return x
             x._local = x._local.clone()
-        x.memory = Memory(x._local, tuple(x.shape), (x.cut, x.partition), view, strides)
+        if strides is not None and repeated(x.shape, strides):
+            x._local = expanded(x._local, repeated(x.shape, strides))
+        x.memory = Memory(x._local, tuple(x.shape), (x.cut, x.partition), view)
         return x
     local = stored(x, strides)
-    return WholeView(local, Memory(local, tuple(x.shape), None, view, strides if local.is_contiguous() else None))
+    return WholeView(local, Memory(local, tuple(x.shape), None, view))
 
 
 def _composed(first: Place, second: Place, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from credit.domain_parallel.outcome import leaves, replaced, shares
 from credit.domain_parallel.reshard import own, whole
 from credit.domain_parallel.slab import Slab, is_slab, line_of, name_of, refuse, rules_of, whereabouts
-from credit.domain_parallel.storage import View, stored
+from credit.domain_parallel.storage import View, once_each, stored, windows_overlap
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,9 @@ def _give_back(target: Slab, whole: Tensor, func: Any) -> None:
     """Change `target` in place to what `whole`, made of it, was changed to."""
     if whole.shape != target.shape:
         refuse(name_of(func), "it changes the shape of a field in place")
-    target.local.copy_(own(whole, target.cut, target))
+    if target.strides is not None and windows_overlap(target.shape, target.strides):
+        refuse(f"{name_of(func)} on windows that overlap", "torch leaves open what comes of it")
+    once_each(target.local).copy_(once_each(own(whole, target.cut, target), like=target.local))
     target.changed()
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from credit.domain_parallel.groups import RankGroup
 
@@ -112,7 +113,8 @@ def _find(func: Any, args: tuple, kwargs: dict) -> list[Outcome] | None:
         given = replaced((args, kwargs), empty)
         if func.__name__.endswith("_like") and "device" in kwargs:
             given[1]["device"] = "meta"  # nothing is drawn
-        with torch.no_grad():
+        # Who counts operations or memory in a dispatch mode is not to count these.
+        with torch.no_grad(), _disable_current_modes():
             found = func(*given[0], **given[1])
     except NotImplementedError:
         return None

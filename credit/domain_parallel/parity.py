@@ -256,7 +256,9 @@ class _Comparison:
         with gathers_recorded() as gathers:
             errors, calls = self.compare(place)
         gathered = tuple(map(str, gathers))
-        report = ParityReport(place.manager.domain_world_size, self.dtype, self.tolerance, errors, calls, gathered)
+        report = ParityReport(
+            place.manager.domain_world_size, self.dtype, self.tolerance, errors, calls, gathered=gathered
+        )
         if report.exact:
             return report
         first, first_error = self.first_departure(place)

@@ -25,10 +25,10 @@ class ParityReport:
             kind is zero, anything else is infinitely wrong; so is a NaN, another shape or type, and a name that one
             model alone has. Gradients are left out if an output is infinitely wrong.
         calls: how often each torch function, by its qualified name, met a field that is cut.
-        gathered: what was computed on whole fields, for want of a rule: exact, but it costs; with module and line.
         first: path of the first module, in order of execution, whose output is off by more than `tolerance`; the
             model's class if it is that of the whole model; None if every output agrees.
         first_error: by how much it is off, as in `errors`.
+        gathered: what was computed on whole fields, for want of a rule: exact, but it costs; with module and line.
     """
 
     ranks: int
@@ -36,9 +36,9 @@ class ParityReport:
     tolerance: float
     errors: dict[str, float]
     calls: dict[str, int]
-    gathered: tuple[str, ...] = ()
     first: str | None = None
     first_error: float | None = None
+    gathered: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:

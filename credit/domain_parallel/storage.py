@@ -23,6 +23,8 @@ from credit.domain_parallel.partition import Partition
 if TYPE_CHECKING:
     from credit.domain_parallel.slab import Slab
 
+_CLONE = "Clone the view before, or change the tensor itself."
+
 Place = Callable[[Tensor], Tensor]
 """A view, as a function of the whole tensor that owns the memory."""
 
@@ -56,19 +58,12 @@ class Memory:
         shape: of that whole tensor.
         root: the memory of the tensor that all are views of; `changes` is counted there alone.
         seen: the changes that this copy has in it.
-        overlaps: it has some entries twice that have one place in the base.
     """
 
     def __init__(
-        self,
-        local: Tensor,
-        shape: tuple[int, ...],
-        cut: tuple[int, Partition] | None,
-        view: View | None = None,
-        strides: tuple[int, ...] | None = None,
+        self, local: Tensor, shape: tuple[int, ...], cut: tuple[int, Partition] | None, view: View | None = None
     ) -> None:
         self.local, self.shape, self.cut, self.view = local, shape, cut, view
-        self.overlaps = strides is not None and _overlap(shape, strides)
         self.root: Memory = self if view is None else _of(view.base).root
         self.changes = 0
         self.seen = self.root.changes
@@ -78,7 +73,7 @@ class Memory:
         if self.view is None or self.seen == self.root.changes:
             return
         with torch.set_grad_enabled(self.local.requires_grad or self.view.base.local.requires_grad):
-            _once_each(self.local).copy_(_once_each(self.view.read(), like=self.local))
+            once_each(self.local).copy_(once_each(self.view.read(), like=self.local))
         self.seen = self.root.changes
 
     def changed(self, detached: bool = False) -> None:
@@ -93,9 +88,6 @@ class Memory:
             detached = detached or memory.view.detached  # type: ignore[union-attr]
             with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
                 memory._write_back(memory.view)  # type: ignore[arg-type]
-        for memory in chain:
-            if memory.overlaps:
-                memory.seen = -1  # the other entry of the same place has not got the change
 
     def _write_back(self, view: View) -> None:
         from credit.domain_parallel.reshard import own
@@ -106,17 +98,11 @@ class Memory:
             numbers = torch.arange(torch.Size(owner.shape).numel(), device=self.local.device).view(owner.shape)
             places = view.place(numbers)
         mine, base = _whole(self, kind, group), _whole(owner, kind, group)
-        places, mine = (_once_each(x, like=mine).reshape(-1) for x in (places, mine))
-        base = base.reshape(-1)
+        places, mine = (once_each(x, like=mine).reshape(-1) for x in (places, mine))
         if places.unique().numel() < places.numel():
-            # Windows that overlap, say, of which one was changed: that one counts.
-            if torch.is_grad_enabled() and (mine.requires_grad or base.requires_grad):
-                refuse("a change in place of a view whose entries overlap", "gradients of the entries are not known")
-            before = base[places]
-            new = ~((mine == before) | (mine.isnan() & before.isnan()))
-            places, mine = places[new], mine[new]
+            refuse("a change in place of windows that overlap", "torch leaves open what comes of it", _CLONE)
         # Not index_copy, which keeps what it was given for its backward.
-        changed = base.index_put((places,), mine).view(owner.shape)
+        changed = base.reshape(-1).index_put((places,), mine).view(owner.shape)
         if owner.cut is not None:
             axis, partition = owner.cut
             changed = own(changed, axis, kind(owner.local.detach(), axis, partition, group))
@@ -139,28 +125,42 @@ def stored(x: Tensor, strides: tuple[int, ...] | None) -> Tensor:
     if strides is None:
         return x.clone(memory_format=torch.contiguous_format)
     narrow = x
-    for axis in _repeated(x.shape, strides):
+    for axis in repeated(x.shape, strides):
         narrow = narrow.narrow(axis, 0, 1)
-    if _overlap(narrow.shape, strides):
+    if overlap(narrow.shape, strides):
         return x.clone(memory_format=torch.contiguous_format)
     kept = [step or 1 for step in strides]
     return torch.empty_strided(narrow.shape, kept, dtype=x.dtype, device=x.device).copy_(narrow).expand(x.shape)
 
 
-def _repeated(shape: torch.Size, strides: tuple[int, ...]) -> list[int]:
+def repeated(shape: Sequence[int], strides: tuple[int, ...]) -> list[int]:
     """Axes along which all entries are one."""
     return [axis for axis, (length, step) in enumerate(zip(shape, strides, strict=True)) if length > 1 and not step]
 
 
-def _once_each(x: Tensor, like: Tensor | None = None) -> Tensor:
+def expanded(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """`x`, which repeats itself along `axes`, with one entry there in memory."""
+    narrow = x
+    for axis in axes:
+        narrow = narrow.narrow(axis, 0, 1)
+    return narrow.clone().expand(x.shape)
+
+
+def once_each(x: Tensor, like: Tensor | None = None) -> Tensor:
     """`x` without the entries that `like` (itself) holds several times in one place."""
     like = x if like is None else like
-    for axis in _repeated(like.shape, like.stride()):
+    for axis in repeated(like.shape, like.stride()):
         x = x.narrow(axis, 0, 1)
     return x
 
 
-def _overlap(shape: Sequence[int], strides: tuple[int, ...]) -> bool:
+def windows_overlap(shape: Sequence[int], strides: tuple[int, ...]) -> bool:
+    """True if two entries may have one place, apart from what is repeated along an axis."""
+    axes = repeated(shape, strides)
+    return overlap([1 if axis in axes else length for axis, length in enumerate(shape)], strides)
+
+
+def overlap(shape: Sequence[int], strides: tuple[int, ...]) -> bool:
     """True if two entries may have one place."""
     reach = 0
     for step, length in sorted((step, length) for step, length in zip(strides, shape, strict=True) if length > 1):
