@@ -65,6 +65,8 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_that_save_memory_or_time_do_not_change_the_curve(worlds, mode: str, option: str) -> None:
     for shape in ((2, 1, 2), (2, 2, 1)):
+        if same_as(mode, shape) != mode:
+            continue
         given = conf(mode, *shape[1:], **OPTIONS[option])
         for wrong in worlds(4).run(compared, "transformer", given, serial("transformer")):
             assert not wrong
