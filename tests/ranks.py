@@ -57,8 +57,9 @@ class World:
 
     def begin(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Start what `finish` gives the results of."""
+        call = pickle.dumps((function, args, kwargs))  # a pipe's own `send` makes a file of each tensor for each rank
         for pipe in self._pipes:
-            pipe.send((function, args, kwargs))
+            pipe.send_bytes(call)
 
     def kill(self, rank: int) -> None:
         """End a rank as a node failure does."""
@@ -78,7 +79,7 @@ class World:
             if not pipe.poll(max(deadline - time.monotonic(), 0)):
                 self.close()
                 raise TimeoutError(f"rank {rank} of {self.size} gave no answer in {timeout} s")
-            ok, value = pipe.recv()
+            ok, value = pickle.loads(pipe.recv_bytes())
             results.append(value)
             if not ok:
                 errors[rank] = value
@@ -109,13 +110,14 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
     while True:
         try:
-            function, args, kwargs = pipe.recv()
+            function, args, kwargs = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         try:
-            pipe.send((True, function(*args, **kwargs)))
+            answer = pickle.dumps((True, function(*args, **kwargs)))
         except Exception as error:
-            pipe.send((False, (_portable(error), traceback.format_exc())))
+            answer = pickle.dumps((False, (_portable(error), traceback.format_exc())))
+        pipe.send_bytes(answer)
 
 
 def _portable(error: Exception) -> Exception:

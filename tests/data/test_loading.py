@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,19 @@ class Probe:
 
 def loader(reading: Callable[[int], Any], workers: int = 1) -> BatchLoader:
     return BatchLoader(Probe(reading), DataParallelSampler(6, 1, 0, 1), workers, 2, pin=False)  # type: ignore[arg-type]
+
+
+@contextmanager
+def loading(reading: Callable[[int], Any], workers: int = 1) -> Iterator[BatchLoader]:
+    """A loader whose workers end with it.
+
+    One that an error holds on to goes with its garbage, where torch waits five seconds for each worker, in vain.
+    """
+    opened = loader(reading, workers)
+    try:
+        yield opened
+    finally:
+        opened._iterator._shutdown_workers()  # type: ignore[union-attr]
 
 
 def test_batches_are_bitwise_the_same_with_any_number_of_workers(tmp_path) -> None:
@@ -123,15 +137,15 @@ def dies(sample: int) -> torch.Tensor:
 
 def test_an_error_in_a_worker_arrives_as_it_is() -> None:
     seen: list[Any] = []
-    with pytest.raises(DataError) as caught:
-        read(loader(refuses, workers=2), seen)
+    with loading(refuses, workers=2) as batches, pytest.raises(DataError) as caught:
+        read(batches, seen)
     assert str(caught.value) == "it is not there"
     assert torch.stack(seen).tolist() == [0, 1, 2]
-    with pytest.raises(KeyError, match="z500") as caught:
-        next(iter(loader(breaks)))
+    with loading(breaks) as batches, pytest.raises(KeyError, match="z500") as caught:
+        next(iter(batches))
     assert "in breaks" in "".join(caught.value.__notes__)
-    with pytest.raises(RuntimeError, match=r"odd: 3"):
-        next(iter(loader(cannot_be_sent)))
+    with loading(cannot_be_sent) as batches, pytest.raises(RuntimeError, match=r"odd: 3"):
+        next(iter(batches))
 
 
 def test_a_worker_that_dies_is_told_of() -> None:

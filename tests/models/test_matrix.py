@@ -1,4 +1,4 @@
-"""The shipped models on every mesh and in every mode == one process: five steps, losses, norms, parameters, averages.
+"""The shipped models on every mesh and in every mode == one process: a few steps, losses, norms, parameters, averages.
 
 The whole matrix takes half an hour of two cores: `make test-all`. `make test` runs one mesh of all three axes.
 """

@@ -33,11 +33,11 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"window": [2, 3, 2], "patch": [2, 2, 2]},
     },
 }
-MESHES: list[tuple[int, str, int, int, int]] = [
+MESHES = [
     (181, "none", 1, 1, 3),
     (181, "fsdp2", 2, 2, 2),
     (721, "ddp", 1, 2, 2),
-    (721, "none", 1, 1, 4),
+    pytest.param((721, "none", 1, 1, 4), marks=pytest.mark.slow),
 ]
 """(height, data, dp, tp, domain)"""
 

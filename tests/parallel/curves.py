@@ -22,7 +22,7 @@ from credit.parallel.mesh import build_device_mesh, data_parallel_coords
 from credit.parallel.parallelize import parallelize, reduce_gradients
 from credit.parallel.pieces import in_pieces, whole
 
-CHANNELS, HEIGHT, WIDTH, BATCH, STEPS = 3, 19, 8, 8, 5
+CHANNELS, HEIGHT, WIDTH, BATCH, STEPS = 3, 19, 8, 8, 3
 TOLERANCE = 1e-8
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if shape[0] * shape[1] * shape[2] <= 8]
 MODES: dict[str, dict[str, Any]] = {
@@ -31,6 +31,19 @@ MODES: dict[str, dict[str, Any]] = {
     "fsdp2 over dp": {"data": "fsdp2", "shard_over": "dp"},
     "fsdp2 over dp x domain": {"data": "fsdp2"},
 }
+
+
+def same_as(mode: str, shape: tuple[int, int, int]) -> str:
+    """The mode that lays a model out on this mesh just as `mode` does.
+
+    A mesh has no axis of one rank; where FSDP2 or DDP has nothing to share over, and for tensor-parallel weights, which
+    DDP does not take, gradients are averaged as they are with `none`.
+    """
+    dp, tp, domain = shape
+    if dp > 1:
+        return "fsdp2 over dp x domain" if mode == "fsdp2 over dp" and domain == 1 else mode
+    alone = {"fsdp2 over dp": True, "fsdp2 over dp x domain": domain == 1, "ddp": domain == 1 or tp > 1}
+    return "none" if alone.get(mode) else mode
 
 
 class Stage(nn.Module):

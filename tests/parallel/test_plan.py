@@ -54,12 +54,12 @@ def allocated(name: str, given: dict[str, Any], dp: int) -> tuple[int, ...]:
         sum((y - target[:, :OUT]).square().mean() for y, target in zip(made, targets.unbind(1), strict=True)).backward()
         reduce_gradients(model, mesh, given)
 
-    step()
+    step()  # after which DDP lays its buckets out anew
     optimizer.step()
     optimizer.zero_grad()
-    step()  # DDP lays its buckets out anew after the first
+    step()
     manager.traffic.reset()
-    with Wire() as wire:
+    with Wire() as wire, FlopCounterMode(display=False) as counter:
         step()
     messages = manager.traffic.messages
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -74,10 +74,8 @@ def allocated(name: str, given: dict[str, Any], dp: int) -> tuple[int, ...]:
         return sum(getattr(t, "_local_tensor", t).nbytes for t in tensors)
 
     states = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
-    with FlopCounterMode(display=False) as counter:
-        step()
-    flops = counter.get_total_flops()
-    return peak, bytes_of(model.parameters()), bytes_of(states), flops, messages, wire.bytes, wire.calls
+    sizes = peak, bytes_of(model.parameters()), bytes_of(states)
+    return *sizes, counter.get_total_flops(), messages, wire.bytes, wire.calls
 
 
 CASES = [

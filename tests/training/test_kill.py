@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from credit.config import parse_config
 from credit.data.prepare import write_statistics
@@ -15,7 +16,7 @@ from tests.ranks import World
 from tests.stores import conf, dataset, write_zarr
 from tests.training.runs import losses_and_weights, on
 
-KILLS, STEPS = 30, 50
+STEPS = 30
 
 
 def killed_somewhere(raw: dict, moments: random.Random) -> bool:
@@ -39,7 +40,8 @@ def killed_somewhere(raw: dict, moments: random.Random) -> bool:
     return not finished
 
 
-def test_thirty_kills(tmp_path) -> None:
+@pytest.mark.parametrize("number", [10, pytest.param(30, marks=pytest.mark.slow)])
+def test_kills(tmp_path, number: int) -> None:
     raw = conf(tmp_path / "whole", write_zarr(tmp_path / "s.zarr", dataset()), dtype="float32")
     raw["data"]["stats"] = str(tmp_path / "stats.nc")
     raw["trainer"].update(checkpoint_every=1, epochs=STEPS // 5, timeout=30, ema=0.9)
@@ -51,11 +53,11 @@ def test_thirty_kills(tmp_path) -> None:
         world.close()
     assert len(losses) == STEPS
     moments, kills, runs = random.Random(0), 0, 0
-    while kills < KILLS:
+    while kills < number:
         runs += 1
         directory = tmp_path / f"cut{runs}" / "checkpoints"
         cut = on(raw, directory.parent, "fsdp2", 2)
-        while kills < KILLS and not (directory / f"step-{STEPS:08d}").exists():
+        while kills < number and not (directory / f"step-{STEPS:08d}").exists():
             kills += killed_somewhere(cut, moments)
         world = World(2)
         try:
