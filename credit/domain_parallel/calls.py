@@ -127,7 +127,10 @@ def _finished(func: Any, args: tuple, kwargs: dict, found: Any, expected: list[O
     for i, (x, one) in enumerate(zip(results, expected, strict=True)):
         base = None if one.base is None else operands[one.base]
         if isinstance(base, Slab):
-            again, place = partial(_again, func, args, kwargs, i), partial(_place, func, args, kwargs, base, i)
+            again, place = (
+                partial(_again, func, args, kwargs, i),
+                partial(_place, func, *_without(base, args, kwargs), i),
+            )
             view = View(base, again, place, base.detached or _traits(func).detaches)
             exchanged[i] = base if one.same else viewed(view, _own(x, base), moved, one.strides)
         elif isinstance(x, Slab):
@@ -164,10 +167,24 @@ def _again(func: Any, args: tuple, kwargs: dict, i: int) -> Tensor:
     return found.local if isinstance(found, Slab) else found
 
 
-def _place(func: Any, args: tuple, kwargs: dict, base: Slab, i: int, whole: Tensor) -> Tensor:
-    """The i-th result on `whole` in place of `base`."""
-    args, kwargs = replaced((args, kwargs), lambda x: whole if x is base else x)
+class _Base(NamedTuple):
+    """Stands for the base of a view among the arguments: a view is not to keep more than it must."""
+
+
+def _without(base: Slab, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return replaced((args, kwargs), lambda x: _Base() if x is base else x)
+
+
+def _place(func: Any, args: tuple, kwargs: dict, i: int, whole: Tensor) -> Tensor:
+    """The i-th result on `whole` in place of the base."""
+    args, kwargs = _filled(args, whole), {name: _filled(x, whole) for name, x in kwargs.items()}
     return [x for x in leaves(func(*args, **kwargs)) if isinstance(x, Tensor)][i]
+
+
+def _filled(x: Any, whole: Tensor) -> Any:
+    if isinstance(x, _Base):
+        return whole
+    return type(x)(_filled(one, whole) for one in x) if isinstance(x, tuple | list) else x
 
 
 def _own(x: Tensor, base: Slab) -> Tensor:

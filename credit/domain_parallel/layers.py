@@ -26,6 +26,7 @@ from credit.domain_parallel.manager import (
     DomainParallelManager,
     get_domain_parallel_manager,
 )
+from credit.domain_parallel.outcome import convolved_strides
 from credit.domain_parallel.partition import Partition, TransposedWindow, Window
 from credit.domain_parallel.reshard import plain as plainly_cut
 from credit.domain_parallel.root import Border
@@ -166,7 +167,9 @@ class _DomainParallelConv(DomainParallelLayer):
         if not before + after > 0 or max(before, after) >= x.shape[x.cut]:
             return super().on_slab(x, *args, **kwargs)
         pads[place : place + 2] = [0, 0]
-        wide = x.like(F.pad(x.local, pads, mode=self.padding_mode)) if any(pads) else x
+        wide = x.like(F.pad(x.local, pads, mode=self.padding_mode)) if any(pads) else x.alias()
+        circular = self.padding_mode == "circular"  # which torch stores contiguously
+        wide.strides = None if circular else convolved_strides(tuple(wide.shape), x, self.weight)
         window = Window(
             self.kernel_size[axis], self.stride[axis], self.dilation[axis], before, after, self.padding_mode
         )
@@ -179,7 +182,9 @@ class _DomainParallelConv(DomainParallelLayer):
             return super().on_slab(x, *args, **kwargs)
         rows, target = found
         y = CONV[axes](rows, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-        return x.like(y, partition=target)
+        made = x.like(y, partition=target)
+        made.strides = convolved_strides(tuple(made.shape), wide, self.weight)
+        return made
 
 
 class DomainParallelConv1d(_DomainParallelConv):

@@ -134,6 +134,14 @@ def _keeps_channels_last(func: Any, args: tuple, kwargs: dict) -> bool:
     return name in ("group_norm", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d")
 
 
+def convolved_strides(shape: tuple[int, ...], x: Any, weight: Tensor) -> tuple[int, ...] | None:
+    """How torch stores the convolution, of this shape, of the slab `x`."""
+    given = [torch.empty_strided(x.shape, x.strides, device="meta")] if x.strides is not None else []
+    if not any(map(_is_channels_last, [*given, weight])) or len(shape) not in _CHANNELS_LAST:
+        return None
+    return torch.empty(shape, device="meta", memory_format=_CHANNELS_LAST[len(shape)]).stride()
+
+
 def _is_channels_last(x: Tensor) -> bool:
     return x.ndim in _CHANNELS_LAST and not x.is_contiguous() and x.is_contiguous(memory_format=_CHANNELS_LAST[x.ndim])
 

@@ -164,9 +164,9 @@ class Slab(torch.Tensor):
         """`local` as a slab that is cut like this one, or along `cut` as `partition` says."""
         return type(self)(local, self.cut if cut is None else cut, partition or self.partition, self.group)
 
-    def alias(self) -> Slab:
-        """Another slab of the same memory."""
-        other = self.like(self.local)
+    def alias(self, local: Tensor | None = None) -> Slab:
+        """Another slab of the same memory; of the same rows, in another tensor, perhaps."""
+        other = self.like(self.local if local is None else local)
         other.memory, other.strides = self.remembered(), self.strides
         other.place, other.detached = self.place, self.detached
         return other
@@ -250,20 +250,17 @@ def either(*given: Any) -> Slab:
 
 
 class _Opened(NamedTuple):
-    kind: type[Slab]
+    """A slab's rows, in place of which hooks may put others, and how to make a slab of them."""
+
     local: Any
-    cut: int
-    partition: Partition
-    group: RankGroup
+    close_with: Callable[[Tensor], Slab]
 
     @staticmethod
     def of(x: Slab) -> _Opened:
-        local = _Opened.of(x.local) if isinstance(x.local, Slab) else x.local
-        return _Opened(type(x), local, x.cut, x.partition, x.group)
+        return _Opened(_Opened.of(x.local) if isinstance(x.local, Slab) else x.local, x.alias)
 
     def close(self) -> Slab:
-        local = self.local.close() if isinstance(self.local, _Opened) else self.local
-        return self.kind(local, self.cut, self.partition, self.group)
+        return self.close_with(self.local.close() if isinstance(self.local, _Opened) else self.local)
 
 
 def show_rows_to_hooks(module: nn.Module) -> None:

@@ -64,9 +64,13 @@ class Memory:
         self, local: Tensor, shape: tuple[int, ...], cut: tuple[int, Partition] | None, view: View | None = None
     ) -> None:
         self.local, self.shape, self.cut, self.view = local, shape, cut, view
-        self.root: Memory = self if view is None else _of(view.base).root
+        self._root = None if view is None else _of(view.base).root  # not itself: a cycle would outlive its use
         self.changes = 0
         self.seen = self.root.changes
+
+    @property
+    def root(self) -> Memory:
+        return self if self._root is None else self._root
 
     def refresh(self) -> None:
         """Fill the copy anew, if anything was changed since it was filled."""

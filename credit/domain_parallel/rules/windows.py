@@ -10,6 +10,7 @@ from torch import Tensor
 
 from credit.domain_parallel.halo_conv import Geometry, halo_conv, keeps_rows
 from credit.domain_parallel.halo_exchange import exchange
+from credit.domain_parallel.outcome import convolved_strides
 from credit.domain_parallel.partition import Partition, Span, TransposedWindow, Window, make_plan
 from credit.domain_parallel.reshard import is_dealt_evenly, other_axis, part, reshard, whole
 from credit.domain_parallel.slab import Declined, Slab, is_slab, rule
@@ -89,7 +90,9 @@ def conv_in_place(x: Slab, weight: Tensor, bias: Tensor | None, geometry: Geomet
     batched = x.local if x.ndim == weight.ndim else x.local.unsqueeze(0)
     cut = x.cut + batched.ndim - x.ndim
     y = halo_conv(batched, weight, bias, geometry, window, x.shape[x.cut], cut, x.group)
-    return x.like(y if x.ndim == weight.ndim else y.squeeze(0))
+    y = x.like(y if x.ndim == weight.ndim else y.squeeze(0))
+    y.strides = convolved_strides(tuple(y.shape), x, weight)
+    return y
 
 
 def pads_of(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
