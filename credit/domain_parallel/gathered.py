@@ -184,7 +184,7 @@ def _give_back(target: Slab, whole: Tensor, func: Any) -> None:
         refuse(name_of(func), "it changes the shape of a field in place")
     if target.strides is not None and windows_overlap(target.shape, target.strides):
         refuse(f"{name_of(func)} on windows that overlap", "torch leaves open what comes of it")
-    once_each(target.local).copy_(once_each(own(whole, target.cut, target), like=target.local))
+    once_each(target.local, like=target.local).copy_(once_each(own(whole, target.cut, target), like=target.local))
     target.changed()
 
 

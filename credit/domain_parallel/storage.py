@@ -77,7 +77,7 @@ class Memory:
         if self.view is None or self.seen == self.root.changes:
             return
         with torch.set_grad_enabled(self.local.requires_grad or self.view.base.local.requires_grad):
-            once_each(self.local).copy_(once_each(self.view.read(), like=self.local))
+            once_each(self.local, like=self.local).copy_(once_each(self.view.read(), like=self.local))
         self.seen = self.root.changes
 
     def changed(self, detached: bool = False) -> None:
@@ -98,19 +98,20 @@ class Memory:
         from credit.domain_parallel.slab import refuse
 
         owner, kind, group = _of(view.base), type(view.base), view.base.group
+        axes = repeated(owner.local.shape, owner.local.stride())
+        mine, base = _whole(self, kind, group), narrowed(_whole(owner, kind, group), axes)
         with torch.no_grad():
-            numbers = torch.arange(torch.Size(owner.shape).numel(), device=self.local.device).view(owner.shape)
+            numbers = torch.arange(base.numel(), device=self.local.device).view(base.shape).expand(owner.shape)
             places = view.place(numbers)
-        mine, base = _whole(self, kind, group), _whole(owner, kind, group)
-        places, mine = (once_each(x, like=mine).reshape(-1) for x in (places, mine))
+        places, mine = (once_each(x, like=self.local).reshape(-1) for x in (places, mine))
         if places.unique().numel() < places.numel():
             refuse("a change in place of windows that overlap", "torch leaves open what comes of it", _CLONE)
         # Not index_copy, which keeps what it was given for its backward.
-        changed = base.reshape(-1).index_put((places,), mine).view(owner.shape)
+        changed = base.reshape(-1).index_put((places,), mine).view(base.shape)
         if owner.cut is not None:
             axis, partition = owner.cut
             changed = own(changed, axis, kind(owner.local.detach(), axis, partition, group))
-        owner.local.copy_(changed)
+        narrowed(owner.local, axes).copy_(changed)
 
 
 def _of(slab: Slab) -> Memory:
@@ -128,9 +129,7 @@ def stored(x: Tensor, strides: tuple[int, ...] | None) -> Tensor:
     """A copy of `x` with these strides, gaps included; contiguous for None, and where entries would share a place."""
     if strides is None:
         return x.clone(memory_format=torch.contiguous_format)
-    narrow = x
-    for axis in repeated(x.shape, strides):
-        narrow = narrow.narrow(axis, 0, 1)
+    narrow = narrowed(x, repeated(x.shape, strides))
     if overlap(narrow.shape, strides):
         return x.clone(memory_format=torch.contiguous_format)
     kept = [step or 1 for step in strides]
@@ -142,20 +141,21 @@ def repeated(shape: Sequence[int], strides: tuple[int, ...]) -> list[int]:
     return [axis for axis, (length, step) in enumerate(zip(shape, strides, strict=True)) if length > 1 and not step]
 
 
-def expanded(x: Tensor, axes: Sequence[int]) -> Tensor:
-    """`x`, which repeats itself along `axes`, with one entry there in memory."""
-    narrow = x
+def narrowed(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """The first entry of `x` along each of `axes`, which stay."""
     for axis in axes:
-        narrow = narrow.narrow(axis, 0, 1)
-    return narrow.clone().expand(x.shape)
-
-
-def once_each(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """`x` without the entries that `like` (itself) holds several times in one place."""
-    like = x if like is None else like
-    for axis in repeated(like.shape, like.stride()):
         x = x.narrow(axis, 0, 1)
     return x
+
+
+def expanded(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """`x`, which repeats itself along `axes`, with one entry there in memory."""
+    return narrowed(x, axes).clone().expand(x.shape)
+
+
+def once_each(x: Tensor, like: Tensor) -> Tensor:
+    """`x` without the entries that `like` holds several times in one place."""
+    return narrowed(x, repeated(like.shape, like.stride()))
 
 
 def windows_overlap(shape: Sequence[int], strides: tuple[int, ...]) -> bool:

@@ -89,6 +89,14 @@ def calls_of(op: OpInfo, dtype: torch.dtype) -> Iterator[Call]:
             yield Call(f"{op.name}.{op.variant_test_name} {number} out", _with_out(op.op), leaves, structure)
 
 
+def error_calls_of(op: OpInfo) -> Iterator[Call]:
+    """Calls that torch refuses."""
+    for number, given in enumerate(op.error_inputs("cpu")):
+        sample = given.sample_input
+        leaves, structure = tree_flatten(((sample.input, *sample.args), sample.kwargs))
+        yield Call(f"{op.name} error {number}", op.op, leaves, structure)
+
+
 def _with_out(func: Callable) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -119,7 +127,8 @@ def run_cut(call: Call, place: int, axis: int, group: Any) -> Result:
             partition = Partition(x.shape[axis], group.size)
             local = part(x.detach(), axis, partition, group.rank).clone().requires_grad_(x.requires_grad)
             slab = Slab(local, axis, partition, group)
-            slab.strides = None if x.is_contiguous() else x.stride()
+            stored = x.detach().clone()
+            slab.strides = None if stored.is_contiguous() else stored.stride()
             leaves.append(slab)
 
         def leave(x: Tensor) -> Tensor:
@@ -239,12 +248,12 @@ def _distance(ours: Result, theirs: Result) -> float:
     return max((off for a, b in pairs if (off := _off(a, b)) != float("inf")), default=0.0)
 
 
-def cuts_of(call: Call, ranks: int) -> Iterator[tuple[int, int]]:
-    """(leaf, axis) of every tensor that can be cut."""
+def cuts_of(call: Call, ranks: int, ends: bool = False) -> Iterator[tuple[int, int]]:
+    """(leaf, axis) of every tensor that can be cut; with `ends`, along its first and last axis alone."""
     for i, x in enumerate(call.leaves):
         if isinstance(x, Tensor) and x.layout is torch.strided and (x.is_floating_point() or x.is_complex()):
             for axis in range(x.ndim):
-                if x.shape[axis] >= ranks:
+                if x.shape[axis] >= ranks and not (ends and 0 < axis < x.ndim - 1):
                     yield i, axis
 
 
@@ -259,7 +268,7 @@ def judge(
         if samples is not None and kinds[way] >= samples:
             continue
         theirs = None
-        for place, axis in cuts_of(call, world.size):
+        for place, axis in cuts_of(call, world.size, ends=samples is not None):
             kinds[way] += axis == 0
             theirs = run_plain(call) if theirs is None else theirs
             found = verdict(world, call, place, axis, theirs, TOLERANCES[dtype])

@@ -206,8 +206,15 @@ def unfold(input: Slab, dimension: int, size: int, step: int) -> Any:
 @rule("gather")
 def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
     """Local where the cut is along another axis, of which the index has as many entries."""
-    like = lead((input, index))
-    axis = axis_of(input, dim)
-    if input.ndim == 0 or axis == like.cut or input.shape[like.cut] != index.shape[like.cut]:
+    if not is_slab(input) or is_slab(index) or input.ndim == 0:
         raise Declined
-    return like.like(torch.gather(align(input, like), dim, align(index, like), sparse_grad=sparse_grad))
+    axis = axis_of(input, dim)
+    if axis == input.cut or input.shape[input.cut] != index.shape[input.cut]:
+        raise Declined
+    if (
+        index.device.type == "cpu"
+        and index.numel()
+        and not 0 <= int(index.min()) <= int(index.max()) < input.shape[axis]
+    ):
+        raise Declined  # it would stop the ranks alone that have such an entry
+    return input.like(torch.gather(input.local, dim, align(index, input), sparse_grad=sparse_grad))
