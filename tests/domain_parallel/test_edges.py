@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from credit.domain_parallel import DomainParallelError, convert_to_domain_parallel, shard_tensor, verify_parity
-from credit.domain_parallel.slab import RULES, Slab, bound, register_rule
+from credit.domain_parallel.binding import bind
+from credit.domain_parallel.slab import RULES, Declined, Slab, bound, register_rule
 from credit.domain_parallel.storage import Memory
 from credit.domain_parallel.thread_ranks import RankError
 from tests.domain_parallel import parity
@@ -240,6 +241,36 @@ def test_rules_are_held_to_what_torch_declares() -> None:
         bound(torch.flip, lambda input, **kwargs: None, {})
     with pytest.raises(TypeError, match="has two rules"):
         register_rule(torch.flip, RULES[torch.flip])
+
+
+def test_an_argument_that_a_rule_does_not_take_is_not_dropped() -> None:
+    x = torch.ones(2, 3)
+    answer = bound(torch.cumsum, lambda input, dim: (input, dim), {})
+    assert answer(x, axis=1) == (x, 1)
+    assert answer(x, 1, dtype=None) == (x, 1)
+    with pytest.raises(Declined):
+        answer(x, 1, dtype=torch.float64)
+    with pytest.raises(Declined):
+        answer(x, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("func", "args", "kwargs", "names"),
+    [
+        (torch.std, (), {"axis": 1, "keepdims": True}, {"input", "dim", "keepdim"}),
+        (torch.Tensor.std, (True,), {}, {"input", "unbiased"}),
+        (torch.diff, (2,), {}, {"input", "n"}),
+        (torch.softmax, (-1, torch.float32), {}, {"input", "dim", "dtype"}),
+        (torch.Tensor.permute, (1, 0), {}, {"input", "dims"}),
+        (torch.quantile, (0.5, 1, True), {}, {"input", "q", "dim", "keepdim"}),
+        (torch.max, (torch.ones(2, 3),), {}, {"input", "other"}),
+        (torch.nn.functional.max_pool2d, (2,), {"ceil_mode": True}, {"input", "kernel_size", "ceil_mode"}),
+    ],
+)
+def test_calls_are_bound_as_torch_declares(func, args, kwargs, names) -> None:
+    found = bind(func, (torch.ones(2, 3), *args), kwargs)
+    assert found is not None
+    assert set(found) == names
 
 
 def left_over() -> int:
