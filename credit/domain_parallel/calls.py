@@ -78,12 +78,12 @@ def _flag_of(args: tuple, kwargs: dict, place: int, name: str) -> Any:
     return args[place] if len(args) > place else kwargs.get(name, False)
 
 
-def answer(func: Any, args: tuple, kwargs: dict) -> Any:
-    """func(*args, **kwargs), where some arguments are slabs."""
+def answer(func: Any, args: tuple, kwargs: dict, types: Any = ()) -> Any:
+    """func(*args, **kwargs), where some arguments are slabs; `types` are those of what torch hands over to."""
     rule = RULES.get(func)
     if func in ASKS:
         return rule(*args, **kwargs)  # type: ignore[misc]
-    if any(isinstance(x, WholeView) for x in leaves((args, kwargs))):
+    if WholeView in types:
         return _with_whole_views(func, args, kwargs)
     if rule is None or (kwargs and kwargs.get("out") is not None):
         composite = COMPOSITE.get(func)

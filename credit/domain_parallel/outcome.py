@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from credit.domain_parallel.groups import RankGroup
-
 MAX_KNOWN = 10_000
 
 
@@ -79,12 +77,18 @@ def outcomes(func: Any, args: tuple, kwargs: dict) -> list[Outcome] | None:
 
 def strides_of(x: Tensor) -> tuple[int, ...] | None:
     """None if `x`, whole, is contiguous."""
-    if isinstance(getattr(x, "group", None), RankGroup):
+    if hasattr(x, "partition"):  # a slab
         return x.strides  # type: ignore[attr-defined]
     return None if x.layout is not torch.strided or x.is_contiguous() else x.stride()
 
 
+_VALUES = frozenset((int, float, bool, str, type(None)))
+
+
 def _token(x: Any) -> Any:
+    kind = type(x)
+    if kind in _VALUES:
+        return kind, x
     if isinstance(x, Tensor):
         return x.shape, strides_of(x), x.dtype, x.layout, x.is_conj()
     if isinstance(x, tuple | list):

@@ -96,7 +96,7 @@ class _State(threading.local):
 
 _state = _State()
 
-answers: list[Callable[[Any, tuple, dict], Any]] = []
+answers: list[Callable[[Any, tuple, dict, Any], Any]] = []
 """How a call that meets slabs is answered; `credit.domain_parallel.calls`, which is made of slabs, puts it here."""
 
 
@@ -192,7 +192,7 @@ class Slab(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass(), rules_of(Slab, func):
             if not is_inside_model() and func not in ASKS:
                 refuse(f"{name_of(func)}, outside of the model that made it,", "it left the model unseen", _SIDE_DOOR)
-            return answers[0](func, args, kwargs or {})
+            return answers[0](func, args, kwargs or {}, types)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *unused: Any) -> Any:  # type: ignore[override]
