@@ -198,7 +198,7 @@ def _kind(argument: Any) -> str:
     if kind.startswith("List["):
         kind = kind[len("List[") : -1]
         kind = f"{kind}[{argument.N or ''}]"
-    kind = {"number": "Scalar", "Device": "Device"}.get(kind, kind)
+    kind = "Scalar" if kind == "number" else kind
     return f"{kind}?" if optional else kind
 
 

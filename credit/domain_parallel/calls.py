@@ -15,10 +15,20 @@ from torch import Tensor
 
 from credit.domain_parallel.gathered import gathered
 from credit.domain_parallel.halo_exchange import moves
-from credit.domain_parallel.outcome import Outcome, leaves, outcomes, replaced, shares, strides_of
+from credit.domain_parallel.outcome import (
+    Outcome,
+    leaves,
+    outcomes,
+    replaced,
+    shares,
+    strides_of,
+    tensors_in,
+    view_in,
+)
 from credit.domain_parallel.partition import PartitionError
-from credit.domain_parallel.slab import ASKS, COMPOSITE, RULES, Declined, Slab, answers, refuse, rules_of
-from credit.domain_parallel.storage import Memory, Place, View, expanded, repeated, stored
+from credit.domain_parallel.slab import ASKS, COMPOSITE, RULES, Declined, Slab, answers, rules_of
+from credit.domain_parallel.storage import View
+from credit.domain_parallel.whole_view import WholeView, as_whole, viewed
 
 POINTWISE: set[Any] = set()
 """Functions of corresponding entries: new tensors of contiguous operands are contiguous."""
@@ -39,13 +49,13 @@ class _Traits(NamedTuple):
 
     Attributes:
         views: it may return a view.
+        detaches: what it returns has no gradient.
         first: it changes its first argument in place.
         flag: (position, name) of the argument that makes it do so, if there is one.
-        detaches: what it returns has no gradient.
     """
 
-    detaches: bool
     views: bool
+    detaches: bool
     first: bool
     flag: tuple[int, str] | None
 
@@ -61,7 +71,7 @@ def _traits(func: Any) -> _Traits:
     if inspect.isfunction(func):
         names = [*inspect.signature(func).parameters]
         flag = (names.index("inplace"), "inplace") if "inplace" in names else None
-    return _Traits(name in ("detach", "data"), name in VIEWS.split(), changes, flag)
+    return _Traits(name in VIEWS.split(), name in ("detach", "data"), changes, flag)
 
 
 def changed_by(func: Any, args: tuple, kwargs: dict) -> list[Any]:
@@ -90,19 +100,19 @@ def answer(func: Any, args: tuple, kwargs: dict, types: Any = ()) -> Any:
         if composite is not None:
             with torch._C._EnableTorchFunction():
                 return composite(*args, **kwargs)
-        return _gathered(func, args, kwargs)
+        return gathered(func, args, kwargs)
     traits = _traits(func)
     expected = None
     if traits.views or func not in POINTWISE or _strided(args):
         try:
             expected = outcomes(func, args, kwargs)
         except Exception:  # torch's word on such operands is that on real ones: it raises, or was wrong without values
-            return _gathered(func, args, kwargs)
+            return gathered(func, args, kwargs)
     before = moves()
     try:
         found = rule(*args, **kwargs)
     except (Declined, PartitionError):
-        return _gathered(func, args, kwargs)
+        return gathered(func, args, kwargs)
     if expected is not None and not traits.first:
         found = _finished(func, args, kwargs, found, expected, moves() != before)
     for target in changed_by(func, args, kwargs) if traits.first or traits.flag else ():
@@ -120,17 +130,14 @@ def _strided(args: tuple) -> bool:
 
 def _finished(func: Any, args: tuple, kwargs: dict, found: Any, expected: list[Outcome], moved: bool) -> Any:
     """What a rule found, with strides, and views of what they are views of."""
-    results = [x for x in leaves(found) if isinstance(x, Tensor)]
+    results = tensors_in(found)
     _compare(func, results, expected)
-    operands = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
+    operands = tensors_in((args, kwargs))
     exchanged: dict[int, Any] = {}
     for i, (x, one) in enumerate(zip(results, expected, strict=True)):
         base = None if one.base is None else operands[one.base]
         if isinstance(base, Slab):
-            again, place = (
-                partial(_again, func, args, kwargs, i),
-                partial(_place, func, *_without(base, args, kwargs), i),
-            )
+            again, place = partial(_again, func, args, kwargs, i), view_in(base, func, args, kwargs, i)
             view = View(base, again, place, base.detached or _traits(func).detaches)
             exchanged[i] = base if one.same else viewed(view, _own(x, base), moved, one.strides)
         elif isinstance(x, Slab):
@@ -139,13 +146,8 @@ def _finished(func: Any, args: tuple, kwargs: dict, found: Any, expected: list[O
             x.strides = one.strides
     if not exchanged:
         return found
-    numbers = iter(range(len(results)))
-
-    def change(x: Tensor) -> Any:
-        number = next(numbers)
-        return exchanged.get(number, x)
-
-    return replaced(found, change)
+    in_order = iter([exchanged.get(i, x) for i, x in enumerate(results)])
+    return replaced(found, lambda _: next(in_order))
 
 
 def _compare(func: Any, results: list[Tensor], expected: list[Outcome]) -> None:
@@ -163,109 +165,13 @@ def _is_autocast() -> bool:
 def _again(func: Any, args: tuple, kwargs: dict, i: int) -> Tensor:
     """This rank's part of the i-th result, made anew."""
     with rules_of(Slab, func):
-        found = [x for x in leaves(RULES[func](*args, **kwargs)) if isinstance(x, Tensor)][i]
+        found = tensors_in(RULES[func](*args, **kwargs))[i]
     return found.local if isinstance(found, Slab) else found
-
-
-class _Base(NamedTuple):
-    """Stands for the base of a view among the arguments: a view is not to keep more than it must."""
-
-
-def _without(base: Slab, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    return replaced((args, kwargs), lambda x: _Base() if x is base else x)
-
-
-def _place(func: Any, args: tuple, kwargs: dict, i: int, whole: Tensor) -> Tensor:
-    """The i-th result on `whole` in place of the base."""
-    args, kwargs = _filled(args, whole), {name: _filled(x, whole) for name, x in kwargs.items()}
-    return [x for x in leaves(func(*args, **kwargs)) if isinstance(x, Tensor)][i]
-
-
-def _filled(x: Any, whole: Tensor) -> Any:
-    if isinstance(x, _Base):
-        return whole
-    return type(x)(_filled(one, whole) for one in x) if isinstance(x, tuple | list) else x
 
 
 def _own(x: Tensor, base: Slab) -> Tensor:
     """`x` as a slab of its own where a rule gave `base` itself."""
     return base.like(base.local) if x is base else x
-
-
-def viewed(view: View, x: Tensor, moved: bool, strides: tuple[int, ...] | None) -> Tensor:
-    """`x`, which torch would call a view, as one.
-
-    Args:
-        view: whose `place` is on the whole base.
-        moved: its rows came from other ranks, on some rank at least.
-        strides: of the view on one device.
-    """
-    base = view.base
-    memory = base.remembered()
-    view = view._replace(place=partial(_composed, base.place, view.place))
-    if isinstance(x, Slab):
-        x.strides = strides
-        if shares(base._local, x._local):
-            if not moved:
-                x.memory, x.place, x.detached = memory, view.place, view.detached
-                return x
-            x._local = x._local.clone()
-        if strides is not None and repeated(x.shape, strides):
-            x._local = expanded(x._local, repeated(x.shape, strides))
-        x.memory = Memory(x._local, tuple(x.shape), (x.cut, x.partition), view)
-        return x
-    local = stored(x, strides)
-    return WholeView(local, Memory(local, tuple(x.shape), None, view))
-
-
-def _composed(first: Place, second: Place, x: Tensor) -> Tensor:
-    return second(first(x))
-
-
-class WholeView(torch.Tensor):
-    """A whole tensor, the same on every rank, that torch would call a view of a slab: one row of a field, say."""
-
-    memory: Memory
-    _local: Tensor
-
-    @staticmethod
-    def __new__(cls, local: Tensor, memory: Memory) -> WholeView:
-        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls,
-            local.shape,
-            strides=local.stride(),
-            dtype=local.dtype,
-            device=local.device,
-            requires_grad=local.requires_grad,
-        )
-        self._local, self.memory = local, memory
-        return self
-
-    @property
-    def local(self) -> Tensor:
-        """Its values, as they are now."""
-        self.memory.refresh()
-        return self._local
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if any(issubclass(kind, Slab) for kind in types):
-            slab = next(kind for kind in types if issubclass(kind, Slab))
-            return slab.__torch_function__(func, types, args, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            return _with_whole_views(func, args, kwargs or {})
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, *unused: Any) -> Any:  # type: ignore[override]
-        refuse(str(func), "it was called from compiled or C++ code, where it cannot be rerouted")
-
-
-WholeView.__module__ = "torch"
-
-
-def as_whole(x: Any) -> Any:
-    """The plain tensor, from a view of a slab that is whole; anything else as it is."""
-    return x.local if isinstance(x, WholeView) else x
 
 
 def _with_whole_views(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -290,7 +196,3 @@ def _with_whole_views(func: Any, args: tuple, kwargs: dict) -> Any:
         return x
 
     return replaced(found, viewed_again) if isinstance(found, Tensor | tuple | list) else found
-
-
-def _gathered(func: Any, args: tuple, kwargs: dict) -> Any:
-    return gathered(func, args, kwargs, viewed)

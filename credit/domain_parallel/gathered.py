@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from credit.domain_parallel.outcome import leaves, replaced, shares
+from credit.domain_parallel.outcome import leaves, replaced, shares, strides_of, tensors_in, view_in
 from credit.domain_parallel.reshard import own, whole
 from credit.domain_parallel.slab import Slab, is_slab, line_of, name_of, refuse, rules_of, whereabouts
 from credit.domain_parallel.storage import View, once_each, stored, windows_overlap
+from credit.domain_parallel.whole_view import viewed
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +93,8 @@ def gathers_refused(refused: bool) -> Iterator[None]:
         _state.refused = before
 
 
-def gathered(func: Any, args: tuple, kwargs: dict, viewed: Callable[..., Tensor]) -> Any:
+def gathered(func: Any, args: tuple, kwargs: dict) -> Any:
     """func(*args, **kwargs) on whole operands.
-
-    Args:
-        viewed: makes a result a view of a slab, see `calls.viewed`.
 
     Raises:
         DomainParallelError: if that would not be exact.
@@ -110,12 +108,11 @@ def gathered(func: Any, args: tuple, kwargs: dict, viewed: Callable[..., Tensor]
         refuse(name_of(func), "it was given fields where they are not found")
     if _state.refused or not all(type(x) is Slab for x in slabs.values()):
         refuse(name_of(func), "it has no rule for such arguments")
-    with _normal_mode():
+    with _changes_counted():
         wholes = {key: _as_stored(x) for key, x in slabs.items()}
         _tell(func, sum(x.nbytes for x in wholes.values()), next(iter(slabs.values())))
         versions = {key: x._version for key, x in wholes.items()}
-        given = replaced((args, kwargs), lambda x: wholes.get(id(x), x))
-        found = func(*given[0], **given[1])
+        found = _on_wholes(func, args, kwargs, wholes)
     for key, x in wholes.items():
         if x._version != versions[key]:
             _give_back(slabs[key], x, func)
@@ -123,12 +120,8 @@ def gathered(func: Any, args: tuple, kwargs: dict, viewed: Callable[..., Tensor]
     def view(x: Tensor, number: int, base: Slab) -> Tensor:
         result = _cut_like(x, base)
         again = partial(_made_again, func, args, kwargs, number, result)
-
-        def place(other: Tensor) -> Tensor:
-            return _tensors(_with(func, args, kwargs, {id(base): other}))[number]
-
-        strides = None if x.is_contiguous() else x.stride()
-        return viewed(View(base, again, place, base.detached), result, True, strides)
+        place = view_in(base, func, args, kwargs, number)
+        return viewed(View(base, again, place, base.detached), result, True, strides_of(x))
 
     def cut(x: Tensor, number: int) -> Tensor:
         for key, operand in wholes.items():
@@ -138,37 +131,29 @@ def gathered(func: Any, args: tuple, kwargs: dict, viewed: Callable[..., Tensor]
                 return view(x, number, slabs[key])
         return _cut_like(x, next(iter(slabs.values())))
 
-    results = {id(x): cut(x, number) for number, x in enumerate(_tensors(found))}
+    results = {id(x): cut(x, number) for number, x in enumerate(tensors_in(found))}
     return replaced(found, lambda x: results[id(x)])
 
 
-def _tensors(x: Any) -> list[Tensor]:
-    return [one for one in leaves(x) if isinstance(one, Tensor)]
-
-
-def _with(func: Any, args: tuple, kwargs: dict, others: dict[int, Tensor]) -> Any:
-    given = replaced((args, kwargs), lambda x: others.get(id(x), x))
-    return func(*given[0], **given[1])
+def _on_wholes(func: Any, args: tuple, kwargs: dict, wholes: dict[int, Tensor]) -> Any:
+    args, kwargs = replaced((args, kwargs), lambda x: wholes.get(id(x), x))
+    return func(*args, **kwargs)
 
 
 def _made_again(func: Any, args: tuple, kwargs: dict, number: int, like: Tensor) -> Tensor:
     """This rank's part of a result that is a view."""
     with rules_of(Slab, func):
-        found = _tensors(
-            _with(func, args, kwargs, {id(x): _as_stored(x) for x in _tensors((args, kwargs)) if is_slab(x)})
-        )
-        return own(found[number], like.cut, like) if isinstance(like, Slab) else found[number]
-
-
-def _normal_mode() -> AbstractContextManager:
-    """Outside of inference mode, in which changes in place are not counted."""
-    if not torch.is_inference_mode_enabled():
-        return nullcontext()
-    return _without_inference()
+        wholes = {id(x): _as_stored(x) for x in tensors_in((args, kwargs)) if is_slab(x)}
+        found = tensors_in(_on_wholes(func, args, kwargs, wholes))[number]
+        return own(found, like.cut, like) if isinstance(like, Slab) else found
 
 
 @contextmanager
-def _without_inference() -> Iterator[None]:
+def _changes_counted() -> Iterator[None]:
+    """Outside of inference mode, in which changes in place are not counted."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -193,7 +178,7 @@ def _cut_like(x: Tensor, like: Slab) -> Tensor:
     if x.ndim != like.ndim or x.shape[like.cut] != like.shape[like.cut] or x.layout is not torch.strided:
         return x
     cut = like.like(own(x, like.cut, like).clone())  # a part of it would keep the whole
-    cut.strides = None if x.is_contiguous() else x.stride()
+    cut.strides = strides_of(x)
     return cut
 
 

@@ -385,7 +385,7 @@ class DomainParallelUpsample(DomainParallelLayer):
 
 def _uncompile(root: nn.Module) -> None:
     """Parts that were compiled by themselves run as they are written."""
-    for path, module in root.named_modules():
+    for module in root.modules():
         if module is root:
             continue
         if module._compiled_call_impl is not None:
@@ -394,6 +394,7 @@ def _uncompile(root: nn.Module) -> None:
             module.__dict__["forward"] = module._orig_mod.__call__
         else:
             continue
+        path = next(path for path, one in root.named_modules() if one is module)
         logger.warning("%s was compiled; on fields cut over ranks it runs as it is written", path)
 
 

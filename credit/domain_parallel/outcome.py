@@ -5,7 +5,8 @@ All of it follows from the global shapes and strides of the operands, so every r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,32 @@ def replaced(x: Any, change: Any) -> Any:
     if isinstance(x, dict):
         return {name: replaced(one, change) for name, one in x.items()}
     return x
+
+
+def tensors_in(x: Any) -> list[Tensor]:
+    """The tensors among the `leaves` of `x`."""
+    return [one for one in leaves(x) if isinstance(one, Tensor)]
+
+
+class _Base(NamedTuple):
+    """Stands for the base of a view among the arguments."""
+
+
+def view_in(base: Tensor, func: Any, args: tuple, kwargs: dict, number: int) -> Callable[[Tensor], Tensor]:
+    """The `number`-th tensor that func(*args, **kwargs) gives, as a function of `base`, which it does not keep."""
+    args, kwargs = replaced((args, kwargs), lambda x: _Base() if x is base else x)
+    return partial(_with_base, func, args, kwargs, number)
+
+
+def _with_base(func: Any, args: tuple, kwargs: dict, number: int, base: Tensor) -> Tensor:
+    found = func(*_filled(args, base), **{name: _filled(x, base) for name, x in kwargs.items()})
+    return tensors_in(found)[number]
+
+
+def _filled(x: Any, base: Tensor) -> Any:
+    if isinstance(x, _Base):
+        return base
+    return type(x)(_filled(one, base) for one in x) if isinstance(x, tuple | list) else x
 
 
 def outcomes(func: Any, args: tuple, kwargs: dict) -> list[Outcome] | None:
@@ -124,7 +151,7 @@ def _find(func: Any, args: tuple, kwargs: dict) -> list[Outcome] | None:
         return None
     if _keeps_channels_last(func, args, kwargs) and any(map(_is_channels_last, operands[:2])):
         found = found.contiguous(memory_format=_CHANNELS_LAST[found.ndim])
-    return [_outcome(x, operands) for x in leaves(found) if isinstance(x, Tensor)]
+    return [_outcome(x, operands) for x in tensors_in(found)]
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

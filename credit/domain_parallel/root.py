@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from credit.domain_parallel.calls import as_whole
 from credit.domain_parallel.containers import closed, opened
 from credit.domain_parallel.gathered import gathers_refused
 from credit.domain_parallel.groups import RankGroup
@@ -27,6 +26,7 @@ from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import plain, reshard, whole
 from credit.domain_parallel.side_doors import refuse_side_doors
 from credit.domain_parallel.slab import Slab, inside_model, refuse, rules_of
+from credit.domain_parallel.whole_view import as_whole
 
 MAX_SHARDED_INPUTS = 28
 GENERATORS = ("torch", "Python", "numpy")

@@ -7,12 +7,12 @@ that is called by itself would take a shard for the whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from credit.domain_parallel.manager import DomainParallelError
+from credit.domain_parallel.outcome import tensors_in
 from credit.domain_parallel.slab import Slab, is_inside_model
 
 _OURS = ("credit.domain_parallel.", "credit.parallel.")
@@ -26,30 +26,22 @@ def refuse_side_doors(root: nn.Module) -> None:
         DomainParallelError: if a module keeps a tensor with a gradient that has come from a field. (A `Slab` itself is
             refused when it is used.)
     """
-    for path, module in root.named_modules():
+    for module in root.modules():
         for name, value in vars(module).items():
-            if name not in _HIDDEN and isinstance(value, Tensor | list | tuple | dict):
-                for x in _tensors(value):
-                    if not isinstance(x, Slab) and x.requires_grad and x.grad_fn is not None and _of_fields(x.grad_fn):
-                        raise DomainParallelError(
-                            f"{path or type(root).__name__}.{name}: the forward kept a tensor with a gradient there, "
-                            f"which every rank would add to its loss. Return it from the model's forward, or detach it."
-                        )
+            held = isinstance(value, Tensor | list | tuple | dict) and name not in _HIDDEN
+            if held and any(map(_is_of_fields, tensors_in(value))):
+                path = next(path for path, one in root.named_modules() if one is module) or type(root).__name__
+                raise DomainParallelError(
+                    f"{path}.{name}: the forward kept a tensor with a gradient there, which every rank would add to "
+                    f"its loss. Return it from the model's forward, or detach it."
+                )
 
 
-def _tensors(x: Any) -> Iterator[Tensor]:
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, list | tuple):
-        for one in x:
-            yield from _tensors(one)
-    elif isinstance(x, dict):
-        yield from _tensors([*x.values()])
-
-
-def _of_fields(function: Any) -> bool:
-    """True if a function of this package is in the graph behind `function`."""
-    seen, todo = set(), [function]
+def _is_of_fields(x: Tensor) -> bool:
+    """True if `x` is whole, and a function of this package is in the graph behind it."""
+    if isinstance(x, Slab) or not x.requires_grad:
+        return False
+    seen, todo = set(), [x.grad_fn]
     while todo:
         node = todo.pop()
         if node is None or node in seen:

@@ -244,11 +244,6 @@ def is_slab(x: Any) -> TypeGuard[Slab]:
     return isinstance(x, _state.kind)
 
 
-def either(*given: Any) -> Slab:
-    """The first slab among them; there is one."""
-    return next(x for x in given if is_slab(x))
-
-
 class _Opened(NamedTuple):
     """A slab's rows, in place of which hooks may put others, and how to make a slab of them."""
 

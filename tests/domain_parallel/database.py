@@ -21,13 +21,13 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from credit.domain_parallel.calls import as_whole
 from credit.domain_parallel.manager import DomainParallelError
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import part, whole
 from credit.domain_parallel.root import _Once
 from credit.domain_parallel.slab import Slab, inside_model
 from credit.domain_parallel.thread_ranks import DeadlockError, RankError, ThreadWorld, thread_ranks
+from credit.domain_parallel.whole_view import as_whole
 
 TOLERANCES = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-1}
 

@@ -214,7 +214,7 @@ def test_it_is_refused_on_every_rank(threads, what: str) -> None:
     assert len(caught.value.errors) == 2
 
 
-def test_what_is_gathered_is_listed_and_said_once(caplog) -> None:
+def test_what_is_gathered_is_listed() -> None:
     model = Scaled(lambda x: torch.linalg.svd(x).S)
     report = verify_parity(model, (torch.randn(2, 4, 13, 6),), ranks=2)
     (gathered,) = report.gathered

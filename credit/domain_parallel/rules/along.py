@@ -94,7 +94,7 @@ def _pick(func: Any, extreme: Any) -> Any:
         if "other" in given:
             return pointwise(func)(given["input"], given["other"])
         if "dim" in given:
-            return _reduced(func, given, None)
+            return _reduced(func, given)
         if extreme is None or not given["input"].is_floating_point():
             raise Declined
         return extreme(given["input"])
@@ -108,9 +108,9 @@ def _dropped(x: Tensor, dim: int, keepdim: bool) -> Any:
     return drop(x.local, x, (dim,), False) if is_slab(x) else x.squeeze(dim)
 
 
-def _reduced(func: Any, given: dict[str, Any], default: int | None) -> Any:
+def _reduced(func: Any, given: dict[str, Any]) -> Any:
     """func(**given), which leaves one entry of an axis, for every other index."""
-    x, dim, keepdim = given.pop("input"), given.pop("dim", default), given.pop("keepdim", False)
+    x, dim, keepdim = given.pop("input"), given.pop("dim", None), given.pop("keepdim", False)
     if dim is None or not is_slab(x) or any(isinstance(value, Tensor) for value in given.values()):
         raise Declined
     axes = axes_of(x, dim)
@@ -134,7 +134,7 @@ def _reducing(func: Any) -> Any:
         given = bind(func, args, kwargs)
         if given is None:
             raise Declined
-        return _reduced(func, given, None)
+        return _reduced(func, given)
 
     return call
 

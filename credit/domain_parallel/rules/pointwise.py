@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from credit.domain_parallel.calls import POINTWISE
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import cut_along, own, whole
 from credit.domain_parallel.slab import (
-    RULES,
     Declined,
     Slab,
     getter,
@@ -109,40 +109,28 @@ def in_place(func: Any) -> Any:
     return call
 
 
-def _exists(name: str) -> bool:
-    try:
-        return bool(torch_functions(name))
-    except LookupError:
-        return False
-
-
-def _register(func: Any, answer: Any) -> None:
-    if func not in RULES:
-        register_rule(func, answer)
-        POINTWISE.add(func)
-
-
-for _name in (*UNARY.split(), *BINARY.split()):
-    if _exists(_name):
-        for _func in torch_functions(_name):
-            _register(_func, pointwise(_func))
-    if _exists(f"{_name}_") and not _name.startswith(("__", "F.", "nn.")):
-        for _func in torch_functions(f"{_name}_"):
-            _register(_func, in_place(_func))
-for _name in IN_PLACE.split():
-    for _func in torch_functions(_name):
-        _register(_func, in_place(_func))
-for _getter in map(getter, ("real", "imag", "data")):
-    _register(_getter, pointwise(_getter))
-
-
 def where(*args: Any, **kwargs: Any) -> Any:
     if len(args) + len(kwargs) == 1:
         raise Declined  # the number of entries each rank would hold is not known
     return pointwise(torch.where)(*args, **kwargs)
 
 
-RULES[torch.where] = where
+def _found(names: Iterable[str]) -> list[Any]:
+    """The functions of these names, those that torch has, each once."""
+    found: dict[Any, None] = {}
+    for name in names:
+        with suppress(LookupError):
+            found |= dict.fromkeys(torch_functions(name))
+    return [*found]
+
+
+_BARE = [name for name in (*UNARY.split(), *BINARY.split()) if not name.startswith(("__", "F.", "nn."))]
+_RULES = {func: pointwise(func) for func in _found((*UNARY.split(), *BINARY.split()))} | {torch.where: where}
+_RULES |= {func: in_place(func) for func in _found((*(f"{name}_" for name in _BARE), *IN_PLACE.split()))}
+_RULES |= {func: pointwise(func) for func in map(getter, ("real", "imag", "data"))}
+for _func, _answer in _RULES.items():
+    register_rule(_func, _answer)
+    POINTWISE.add(_func)
 
 
 def _as_other(func: Any) -> Any:
@@ -154,7 +142,7 @@ def _as_other(func: Any) -> Any:
         if not is_slab(input):
             return func(input, *others, **kwargs)
         out = func(input.local, *others, **kwargs)
-        return input if out is input._local and func is not torch.Tensor.contiguous else result(out, input)
+        return input if out is input._local else result(out, input)
 
     return call
 

@@ -55,6 +55,12 @@ def _pool(function: Any, x: Slab, axes: int, k: Any, s: Any, p: Any, d: Any, cei
     return x.like(function(local), partition=target)
 
 
+def _geometry(axes: int, kernel_size: Any, stride: Any, padding: Any) -> tuple[list[int], list[int], list[int]]:
+    """Kernel, stride and padding of each axis; without a stride, windows stand side by side."""
+    k = per_axis(kernel_size, axes)
+    return k, per_axis(stride, axes) if stride or isinstance(stride, int) else k, per_axis(padding, axes)
+
+
 def _max_pool(axes: int) -> Any:
     def call(
         input: Slab,
@@ -64,9 +70,8 @@ def _max_pool(axes: int) -> Any:
         dilation: Any = 1,
         ceil_mode: bool = False,
     ) -> Any:
-        k = per_axis(kernel_size, axes)
-        s = per_axis(stride, axes) if stride or isinstance(stride, int) else k
-        p, d = per_axis(padding, axes), per_axis(dilation, axes)
+        k, s, p = _geometry(axes, kernel_size, stride, padding)
+        d = per_axis(dilation, axes)
         lowest = -float("inf") if input.is_floating_point() else torch.iinfo(input.dtype).min
 
         def function(x: Tensor) -> Tensor:
@@ -97,14 +102,12 @@ def _avg_pool(axes: int) -> Any:
         count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> Any:
-        k = per_axis(kernel_size, axes)
-        s = per_axis(stride, axes) if stride or isinstance(stride, int) else k
-        p, d = per_axis(padding, axes), [1] * axes
+        k, s, p = _geometry(axes, kernel_size, stride, padding)
 
         def function(x: Tensor) -> Tensor:
             return AVG_POOL[axes](x, k, s)
 
-        y = _pool(function, input, axes, k, s, p, d, ceil_mode, 0.0)
+        y = _pool(function, input, axes, k, s, p, [1] * axes, ceil_mode, 0.0)
         if not any(p) and not ceil_mode and divisor_override is None:
             return y
         return _recount(y, input, axes, k, s, p, count_include_pad, divisor_override)

@@ -31,14 +31,10 @@ def pad_(input: Slab, pad: Sequence[int], mode: str = "constant", value: float |
         local = F.pad(local, pads, mode, value)
     if not (before or after):
         return input.like(local)
-    return pad_rows(input.like(local), before, after, MODES[mode], value or 0.0)
+    # Negative: rows are taken away.
+    return select(input.like(local), Window(1, 1, 1, before, after, MODES[mode]), value or 0.0)
 
 
 @rule("constant_pad_nd")
 def constant_pad_nd(input: Slab, pad: Sequence[int], value: float = 0) -> Any:
     return pad_(input, pad, "constant", value)
-
-
-def pad_rows(x: Slab, before: int, after: int, mode: str, value: float = 0.0) -> Any:
-    """`x` with so many rows put before and after it (negative: taken away) along the cut axis."""
-    return select(x, Window(1, 1, 1, before, after, mode), value)

@@ -1,0 +1,89 @@
+"""Results that torch would call views of a slab: slabs that share its memory or know it, and whole tensors that do."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from credit.domain_parallel.outcome import shares
+from credit.domain_parallel.slab import Slab, answers, refuse
+from credit.domain_parallel.storage import Memory, Place, View, expanded, repeated, stored
+
+
+def viewed(view: View, x: Tensor, moved: bool, strides: tuple[int, ...] | None) -> Tensor:
+    """`x`, which torch would call a view, as one.
+
+    Args:
+        view: whose `place` is on the whole base.
+        moved: its rows came from other ranks, on some rank at least.
+        strides: of the view on one device.
+    """
+    base = view.base
+    memory = base.remembered()
+    view = view._replace(place=partial(_composed, base.place, view.place))
+    if isinstance(x, Slab):
+        x.strides = strides
+        if shares(base._local, x._local):
+            if not moved:
+                x.memory, x.place, x.detached = memory, view.place, view.detached
+                return x
+            x._local = x._local.clone()
+        if strides is not None and repeated(x.shape, strides):
+            x._local = expanded(x._local, repeated(x.shape, strides))
+        x.memory = Memory(x._local, tuple(x.shape), (x.cut, x.partition), view)
+        return x
+    local = stored(x, strides)
+    return WholeView(local, Memory(local, tuple(x.shape), None, view))
+
+
+def _composed(first: Place, second: Place, x: Tensor) -> Tensor:
+    return second(first(x))
+
+
+class WholeView(torch.Tensor):
+    """A whole tensor, the same on every rank, that torch would call a view of a slab: one row of a field, say."""
+
+    memory: Memory
+    _local: Tensor
+
+    @staticmethod
+    def __new__(cls, local: Tensor, memory: Memory) -> WholeView:
+        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            local.shape,
+            strides=local.stride(),
+            dtype=local.dtype,
+            device=local.device,
+            requires_grad=local.requires_grad,
+        )
+        self._local, self.memory = local, memory
+        return self
+
+    @property
+    def local(self) -> Tensor:
+        """Its values, as they are now."""
+        self.memory.refresh()
+        return self._local
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        slab = next((kind for kind in types if issubclass(kind, Slab)), None)
+        if slab is not None:
+            return slab.__torch_function__(func, types, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return answers[0](func, args, kwargs or {}, types)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *unused: Any) -> Any:  # type: ignore[override]
+        refuse(str(func), "it was called from compiled or C++ code, where it cannot be rerouted")
+
+
+WholeView.__module__ = "torch"
+
+
+def as_whole(x: Any) -> Any:
+    """The plain tensor, from a view of a slab that is whole; anything else as it is."""
+    return x.local if isinstance(x, WholeView) else x
