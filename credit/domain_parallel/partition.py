@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import eq
 from typing import Protocol
 
 PAD_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -339,8 +340,12 @@ def make_plan(operator: RowMap, source: Partition, rank: int, target: Partition 
         length=length,
         shard=source.size(rank),
         rank=rank,
-        stays=all(list(needs[peer]) == list(source.indices(peer)) for peer in range(parts)),
+        stays=not any(foreign) and all(_are_own(needs[peer], source, peer) for peer in range(parts)),
     )
+
+
+def _are_own(rows: Sequence[int | None], source: Partition, rank: int) -> bool:
+    return len(rows) == source.size(rank) and all(map(eq, rows, source.indices(rank)))
 
 
 def _needs(operator: RowMap, source: Partition, target: Partition, rank: int) -> Sequence[int | None]:
