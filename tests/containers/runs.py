@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from tests.containers import lab
 from tests.launch import cluster
 from tests.launch.jobs import log
-from tests.launch.stories import is_gone
+from tests.launch.stories import is_gone, with_time_enough
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -122,11 +123,16 @@ def on_slurm(sif: Path, bare: Path) -> tuple[subprocess.CompletedProcess, str]:
 
 def submitted(sif: Path, bare: Path) -> str:
     """submitit inside the image; stopped by the clock, requeued from outside, where scontrol is. The job's log."""
-    folder = bare / "submitted"
+    return with_time_enough(60, partial(_submitted, sif, bare))
+
+
+def _submitted(sif: Path, bare: Path, used_s: float) -> str:
+    folder = bare / f"submitted-{used_s:.0f}"
     slow, more = slowly(bare)
     env = {**cluster.env(), "GLOO_SOCKET_IFNAME": "", "APPTAINER_USERNS": "1", "CREDIT_STOP_BEFORE": "60", **more}
-    options = [*shorter(folder), *slow, "--set", "trainer.epochs=200", "--set", "trainer.checkpoint_every=1000"]
-    where = ["--site", "generic_slurm", "--nodes", "2", "--ranks-per-node", "1", "--time", "0:02:00"]
+    options = [*shorter(folder), *slow, "--set", "trainer.epochs=1000", "--set", "trainer.checkpoint_every=1000"]
+    limit = ["--time", f"0:{used_s / 60 + 1:02.0f}:00"]
+    where = ["--site", "generic_slurm", "--nodes", "2", "--ranks-per-node", "1", *limit]
     done = run(BIN / "credit", "submit", CONFIG, *options, *where, "--container", sif, env=env)
     job = re.match(r"job (\d+)", done.stdout)
     assert job is not None, done.stdout
@@ -134,7 +140,7 @@ def submitted(sif: Path, bare: Path) -> str:
     def said() -> str:
         return "".join(one.read_text() for one in (folder / "jobs").glob(f"{job[1]}_0_log.*"))
 
-    until(lambda: "resuming from" in said() or is_gone(job[1]), "the job goes on", DEADLINE_S)
+    until(lambda: "resuming from" in said() or is_gone(job[1]), "the job goes on", 2 * used_s + DEADLINE_S)
     run("scancel", job[1], env=env)
     return said()
 

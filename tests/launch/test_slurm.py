@@ -19,7 +19,19 @@ import pytest
 import torch
 
 from tests.launch.ahead import ahead, asked_for
-from tests.launch.jobs import BIN, PYTHON, ROOT, bitwise, run, same_curve, torchrun, training_s, weights, write_base
+from tests.launch.jobs import (
+    BIN,
+    PYTHON,
+    ROOT,
+    bitwise,
+    run,
+    same_curve,
+    state,
+    torchrun,
+    training_s,
+    weights,
+    write_base,
+)
 from tests.launch.stories import LONG, STEPS, lose_a_rank, reach_the_time_limit, suffer, train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -268,6 +280,7 @@ def test_a_rank_that_is_lost_ends_the_job_and_is_named(found) -> None:
 
 @of("time limit")
 def test_a_time_limit_in_mid_epoch(found, long) -> None:
+    assert state(found.place.folder) == "finished"
     stopped = re.findall(rf"credit: stopped: at step (\d+) of {STEPS} by CREDIT_STOP_AT, and saved", found.result)
     resumed = re.findall(r"resuming from .*step-(\d+)", found.result)
     assert [int(step) for step in stopped if int(step)] == [int(step) for step in resumed]
