@@ -343,6 +343,8 @@ class Trainer(_Block):
     """fsdp2: drop gathered parameters after the forward of their block; false saves traffic and costs memory."""
     prefetch: Annotated[int, Field(ge=0)] = 0
     """fsdp2: blocks whose parameters are gathered ahead of the one that computes."""
+    fallback: Literal["gather", "refuse"] = "gather"
+    """An operation that has no sharded form: computed on the whole field by every domain rank, or refused."""
     init_from: str | None = None
     """Weights to start from: a file that `credit export` wrote, or any state dict of the plain model."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 500

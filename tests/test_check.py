@@ -117,6 +117,14 @@ def test_channels_are_cut_too(capsys) -> None:
     assert "parity over 2 domain ranks, torch.float64: exact to 1e-09" in capsys.readouterr().out
 
 
+def test_what_has_no_sharded_form_is_refused_on_request(config, capsys) -> None:
+    command = ["check", "parity", str(config), "--ranks", "2", "--set", "model.name=tests.parallel.test_plan.Ranked"]
+    assert main(command) == 0
+    assert "gathered: Ranked: torch.linalg.svdvals has no sharded form; " in capsys.readouterr().out
+    assert main([*command, "--set", "trainer.fallback=refuse"]) == 2
+    assert "torch.linalg.svdvals cannot be done on a field cut over ranks" in capsys.readouterr().err
+
+
 def test_one_rank_says_that_nothing_is_cut(config, capsys) -> None:
     assert main(["check", "parity", str(config)]) == 0
     assert "parity on one rank (nothing is cut: plain is plain)" in capsys.readouterr().out

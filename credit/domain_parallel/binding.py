@@ -76,35 +76,44 @@ class Declaration:
         object.__setattr__(self, "positional", tuple(a for a in self.arguments if not a.by_keyword))
         object.__setattr__(self, "names", frozenset(a.name for a in self.arguments))
 
-    def bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """The arguments by name; None if they do not fit."""
-        places, bound = self._spread(args)
-        if len(places) > len(self.positional):
+    def bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Source] | None:
+        """Where the value of each argument is found in a call; None if they do not fit."""
+        places = self._spread(args)
+        if len(places) > len(self.positional) and self.gathers is None:
             return None
-        bound |= {argument.name: value for argument, value in zip(self.positional, places, strict=False)}
-        for name, value in kwargs.items():
-            name = name if name in self.names else ALIASES.get(name, name)
+        names = (a.name for a in self.positional) if self.gathers is None else (self.gathers,)
+        bound: dict[str, Source] = dict(zip(names, places, strict=False))
+        for given in kwargs:
+            name = given if given in self.names else ALIASES.get(given, given)
             if name in bound or name not in self.names:
                 return None
-            bound[name] = value
+            bound[name] = given
         for argument in self.arguments:
             if argument.name not in bound:
                 if argument.default is MISSING:
                     return None
-            elif not argument.accepts(bound[argument.name]):
+            elif not argument.accepts(_value(bound[argument.name], args, kwargs)):
                 return None
         return bound
 
-    def _spread(self, args: tuple) -> tuple[tuple, dict[str, Any]]:
-        """Positions, with those that make up one list taken out."""
+    def _spread(self, args: tuple) -> Sequence[Source]:
+        """What the positions of a call give: a position each, or several to the list that is declared last."""
         if self.gathers is not None:
-            return (), {self.gathers: args}
+            return [slice(None)]
         places = self.positional
         last = len(places) - 1
         spread = len(args) > 1 and 0 <= last <= 1 and places[last].kind.startswith(("int[", "SymInt["))
         if spread and len(args) > last and all(type(a) is int for a in args[last:]):
-            return args[:last], {places[last].name: tuple(args[last:])}
-        return args, {}
+            return [*range(last), slice(last, None)]
+        return range(len(args))
+
+
+Source = int | slice | str
+"""Of a value in a call: its position, the positions that make up one list, its keyword."""
+
+
+def _value(source: Source, args: tuple, kwargs: dict[str, Any]) -> Any:
+    return kwargs[source] if isinstance(source, str) else args[source]
 
 
 def _accepts(kind: str, value: Any) -> bool:
@@ -202,10 +211,23 @@ def _kind(argument: Any) -> str:
     return f"{kind}?" if optional else kind
 
 
-def bind(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+_bindings: dict[Any, list[tuple[str, Source]] | None] = {}
+
+
+def bind(func: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments of a call by the names torch declares, those that were given; None if no declaration fits."""
-    for declaration in declarations(func):
-        bound = declaration.bind(tuple(args), kwargs)
-        if bound is not None:
-            return bound
-    return None
+    key = (func, *map(_kind_of, args), *((name, _kind_of(x)) for name, x in kwargs.items()))
+    try:
+        sources = _bindings[key]
+    except KeyError:
+        found = (declaration.bind(args, kwargs) for declaration in declarations(func))
+        first = next((one for one in found if one is not None), None)
+        sources = _bindings[key] = None if first is None else [*first.items()]
+    if sources is None:
+        return None
+    return {name: kwargs[at] if type(at) is str else args[at] for name, at in sources}  # type: ignore[index]
+
+
+def _kind_of(x: Any) -> Any:
+    """All that declarations ask of a value: its type, and those of what it holds."""
+    return (type(x), frozenset(map(_kind_of, x))) if isinstance(x, list | tuple) else type(x)

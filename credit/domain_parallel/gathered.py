@@ -93,8 +93,8 @@ def gathers_refused(refused: bool) -> Iterator[None]:
         _state.refused = before
 
 
-def gathered(func: Any, args: tuple, kwargs: dict) -> Any:
-    """func(*args, **kwargs) on whole operands.
+def gathered(func: Any, args: tuple, kwargs: dict, reason: str = "it has no rule for such arguments") -> Any:
+    """func(*args, **kwargs) on whole operands; where that is not wanted, it is refused for this reason.
 
     Raises:
         DomainParallelError: if that would not be exact.
@@ -107,7 +107,7 @@ def gathered(func: Any, args: tuple, kwargs: dict) -> Any:
     if not slabs:
         refuse(name_of(func), "it was given fields where they are not found")
     if _state.refused or not all(type(x) is Slab for x in slabs.values()):
-        refuse(name_of(func), "it has no rule for such arguments")
+        refuse(name_of(func), reason)
     with _changes_counted():
         wholes = {key: _as_stored(x) for key, x in slabs.items()}
         _tell(func, sum(x.nbytes for x in wholes.values()), next(iter(slabs.values())))

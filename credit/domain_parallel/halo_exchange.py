@@ -52,6 +52,8 @@ def exchange(x: Tensor, plan: Plan, dim: int, group: RankGroup, fill: float = 0.
     """
     if not plan.stays:
         moved()
+    if plan.sends_any:
+        group.allow_messages()
     if plan.is_identity:
         return x
     return _Exchange.apply(x, plan, dim % x.ndim, group, fill)

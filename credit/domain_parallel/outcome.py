@@ -61,7 +61,14 @@ def replaced(x: Any, change: Any) -> Any:
 
 def tensors_in(x: Any) -> list[Tensor]:
     """The tensors among the `leaves` of `x`."""
+    if isinstance(x, Tensor):
+        return [x]
     return [one for one in leaves(x) if isinstance(one, Tensor)]
+
+
+def _is_constant(x: Any) -> bool:
+    kind = type(x)
+    return kind in _VALUES or kind is slice or x is Ellipsis or (kind is tuple and all(map(_is_constant, x)))
 
 
 class _Base(NamedTuple):
@@ -70,8 +77,14 @@ class _Base(NamedTuple):
 
 def view_in(base: Tensor, func: Any, args: tuple, kwargs: dict, number: int) -> Callable[[Tensor], Tensor]:
     """The `number`-th tensor that func(*args, **kwargs) gives, as a function of `base`, which it does not keep."""
+    if args and args[0] is base and not kwargs and _is_constant(args[1:]):  # for speed
+        return partial(_of_first, func, args[1:], number)
     args, kwargs = replaced((args, kwargs), lambda x: _Base() if x is base else x)
     return partial(_with_base, func, args, kwargs, number)
+
+
+def _of_first(func: Any, rest: tuple, number: int, base: Tensor) -> Tensor:
+    return tensors_in(func(base, *rest))[number]
 
 
 def _with_base(func: Any, args: tuple, kwargs: dict, number: int, base: Tensor) -> Tensor:
@@ -91,7 +104,7 @@ def outcomes(func: Any, args: tuple, kwargs: dict) -> list[Outcome] | None:
     Raises:
         what torch raises for such operands.
     """
-    key = (func, _token(args), _token(kwargs))
+    key = (func, *map(_token, args), *((name, _token(x)) for name, x in kwargs.items()))
     try:
         return _known[key]
     except KeyError:
@@ -118,8 +131,8 @@ def _token(x: Any) -> Any:
         return kind, x
     if isinstance(x, Tensor):
         return x.shape, strides_of(x), x.dtype, x.layout, x.is_conj()
-    if isinstance(x, tuple | list):
-        return type(x), tuple(map(_token, x))
+    if kind is tuple or isinstance(x, tuple | list):
+        return kind, *map(_token, x)
     if isinstance(x, dict):
         return tuple((name, _token(one)) for name, one in x.items())
     if isinstance(x, slice):
@@ -185,6 +198,9 @@ def _outcome(x: Tensor, operands: list[Tensor]) -> Outcome:
 
 def shares(a: Tensor, b: Tensor) -> bool:
     """True if `a` and `b` are in one piece of memory."""
+    if hasattr(a, "partition") or hasattr(b, "partition"):  # slabs, whose memory is remembered once there are views
+        memories = [getattr(x, "memory", None) for x in (a, b)]
+        return a is b or (None not in memories and memories[0].root is memories[1].root)  # type: ignore[union-attr]
     if a.layout is not torch.strided or b.layout is not torch.strided:
         return False
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata

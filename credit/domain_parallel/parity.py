@@ -9,8 +9,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cached_property, partial
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from credit.domain_parallel.gathered import gathers_recorded
 from credit.domain_parallel.layers import DomainParallelLayer, DomainParallelRoot
 from credit.domain_parallel.lengths import gather_numbers
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager, get_domain_parallel_manager
-from credit.domain_parallel.parity_report import ParityReport
+from credit.domain_parallel.parity_report import Key, Pairs, ParityReport, pair_of, pairs_of, relative
 from credit.domain_parallel.partition import PartitionError
 from credit.domain_parallel.reshard import AllSum, own, whole
 from credit.domain_parallel.root import Border
@@ -33,11 +33,7 @@ from credit.domain_parallel.thread_ranks import RankError, ThreadWorld, thread_r
 THREADS = 3
 """Ranks to be made where none are there: with fewer none has two neighbours."""
 
-Key = tuple[str, str]
-"""Kind and name of a tensor; of a module's output, the module's path and a number."""
-
-Pairs = dict[Key, tuple[float, float]]
-"""On this rank: max |ours - theirs|, infinite if they cannot be compared, and max |theirs|."""
+Convert = Callable[[nn.Module, DomainParallelManager], nn.Module]
 
 
 def verify_parity(
@@ -53,6 +49,7 @@ def verify_parity(
     seed: int = 0,
     cut: Cut | None = None,
     ranks: int | None = None,
+    fallback: Literal["gather", "refuse"] = "gather",
 ) -> ParityReport:
     """Compare `model` converted, on shards, with `model` on whole fields.
 
@@ -68,7 +65,7 @@ def verify_parity(
         model: the plain model, the same on every domain rank, in the mode (train or eval) to be checked.
         example_inputs: what to call it with: the same whole fields on every domain rank, of any floating type.
         manager: of the domain group; the global one by default. On one rank the plain model is run twice.
-        shard_dim: as in `convert_to_domain_parallel`, like `custom_converters`.
+        shard_dim: as in `convert_to_domain_parallel`, like `custom_converters` and `fallback`.
         kwargs: what to call it with by name.
         tolerance: the largest error that counts as exact; see `ParityReport.errors`.
         seed: of what the model draws, and of the cotangents.
@@ -87,7 +84,10 @@ def verify_parity(
         manager = manager or get_domain_parallel_manager()
     if manager is None and cut is not None:
         raise ValueError("a cut is over ranks that are there: give verify_parity their manager too")
-    found = _comparison(model, example_inputs, kwargs, shard_dim, custom_converters, dtype, tolerance, seed)
+    convert = partial(
+        convert_to_domain_parallel, shard_dim=shard_dim, custom_converters=custom_converters, fallback=fallback
+    )
+    found = _comparison(model, example_inputs, kwargs, convert, shard_dim, dtype, tolerance, seed)
     if manager is None:
         return _on_threads(found, ranks or THREADS, lambda world: Place(DomainParallelManager.of_group(world.group())))
     _refuse_differences(model, tree_leaves(opened((example_inputs, kwargs or {}))), manager)
@@ -101,6 +101,7 @@ def verify_parity_at(
     example_inputs: tuple,
     ranks: int,
     custom_converters: Mapping[Any, Converter] | None = None,
+    fallback: Literal["gather", "refuse"] = "gather",
     tolerance: float = 1e-9,
     seed: int = 0,
 ) -> ParityReport:
@@ -109,7 +110,8 @@ def verify_parity_at(
     Args:
         places: called on every rank: where its part of the model runs.
     """
-    found = _comparison(model, example_inputs, None, -2, custom_converters, torch.float64, tolerance, seed)
+    convert = partial(convert_to_domain_parallel, custom_converters=custom_converters, fallback=fallback)
+    found = _comparison(model, example_inputs, None, convert, -2, torch.float64, tolerance, seed)
     return _on_threads(found, ranks, places)
 
 
@@ -134,8 +136,8 @@ def _comparison(
     model: nn.Module,
     example_inputs: tuple,
     kwargs: dict | None,
+    convert: Convert,
     shard_dim: int,
-    custom_converters: Mapping[Any, Converter] | None,
     dtype: torch.dtype,
     tolerance: float,
     seed: int,
@@ -145,7 +147,7 @@ def _comparison(
     leaves, structure = tree_flatten(opened((example_inputs, kwargs or {})))
     leaves = [_cast(x.detach(), dtype) if isinstance(x, Tensor) else x for x in leaves]
     prepared = _prepared(model, dtype, seed)
-    return _Comparison(prepared, leaves, structure, shard_dim, custom_converters, dtype, tolerance, seed)
+    return _Comparison(prepared, leaves, structure, convert, shard_dim, dtype, tolerance, seed)
 
 
 class Cut(Protocol):
@@ -212,8 +214,8 @@ class _Comparison:
     model: nn.Module
     leaves: list[Any]
     structure: Any
+    convert: Convert
     shard_dim: int
-    custom_converters: Mapping[Any, Converter] | None
     dtype: torch.dtype
     tolerance: float
     seed: int
@@ -237,7 +239,7 @@ class _Comparison:
         enter = _with_gradient
         if place is not None:
             model = model if place.cut is None else place.cut.apply(model)
-            model = convert_to_domain_parallel(model, place.manager, self.shard_dim, self.custom_converters)
+            model = self.convert(model, place.manager)
             border = self.border(place)
 
             def enter(x: Tensor) -> Tensor:
@@ -270,13 +272,13 @@ class _Comparison:
         calls: Counter[str] = Counter()
         with observed(lambda function: calls.update([name_of(function)])):
             sharded = self.run(place)
-            pairs = _pairs("output", enumerate(sharded.outputs), enumerate(map(border.leave, expected.outputs)))
+            pairs = pairs_of("output", enumerate(sharded.outputs), enumerate(map(border.leave, expected.outputs)))
             # No cotangent fits an output of another shape, and a NaN leaves nothing to compare.
             if all(map(math.isfinite, self.errors(pairs, place).values())):
                 sharded.backward([border.leave(cotangent) for cotangent in expected.cotangents])
                 pairs |= self.gradients(sharded, place)
         ours = {name: whole(buffer) for name, buffer in sharded.model.named_buffers()}
-        pairs |= _pairs("buffer", ours.items(), expected.buffers.items())
+        pairs |= pairs_of("buffer", ours.items(), expected.buffers.items())
         return {" ".join(key): error for key, error in self.errors(pairs, place).items()}, dict(calls)
 
     def gradients(self, sharded: _Run, place: Place) -> Pairs:
@@ -292,7 +294,7 @@ class _Comparison:
         if place.cut is not None:
             parameters = place.cut.whole(sharded.model, parameters)
         totals = {name: total(gradient) for name, gradient in parameters.items()}
-        return _pairs("input gradient", ours.items(), theirs.items()) | _pairs(
+        return pairs_of("input gradient", ours.items(), theirs.items()) | pairs_of(
             "parameter gradient", totals.items(), expected.parameter_gradients.items()
         )
 
@@ -319,19 +321,19 @@ class _Comparison:
         largest: dict[str, float] = {}
         for (kind, _), (_, size) in totals.items():
             largest[kind] = max(size, largest.get(kind, 0.0))
-        return {key: _relative(off, max(size, noise * largest[key[0]])) for key, (off, size) in totals.items()}
+        return {key: relative(off, max(size, noise * largest[key[0]])) for key, (off, size) in totals.items()}
 
 
 def _module_pair(path: str, ours: Tensor, theirs: Tensor, border: Border) -> tuple[float, float]:
     """Of what the module at `path` gave."""
     if not path:
-        return _pair(ours, border.leave(theirs))
+        return pair_of(ours, border.leave(theirs))
     if type(ours) is Slab:
-        return _pair(ours.local, own(theirs, ours.cut, ours)) if ours.shape == theirs.shape else (math.inf, 0.0)
+        return pair_of(ours.local, own(theirs, ours.cut, ours)) if ours.shape == theirs.shape else (math.inf, 0.0)
     if isinstance(ours, Slab):  # of another kind, within a block: what the block gives is compared
         return 0.0, 0.0
     # Rows that a custom converter's module gives to its children have no counterpart.
-    return _pair(ours, theirs) if ours.shape == theirs.shape else (0.0, 0.0)
+    return pair_of(ours, theirs) if ours.shape == theirs.shape else (0.0, 0.0)
 
 
 def _refuse_differences(model: nn.Module, leaves: list[Any], manager: DomainParallelManager) -> None:
@@ -422,30 +424,3 @@ def _watch(model: nn.Module, see: Callable[[Key, Tensor], None]) -> None:
 
     for path, module in model.named_modules():
         module.register_forward_hook(hook_of(path))
-
-
-def _pairs(kind: str, ours: Iterable[tuple[Any, Tensor]], theirs: Iterable[tuple[Any, Tensor]]) -> Pairs:
-    """Of tensors of one kind, by name."""
-    a, b = dict(ours), dict(theirs)
-    return {(kind, str(name)): _pair(a.get(name), b.get(name)) for name in b | a}
-
-
-def _pair(ours: Tensor | None, theirs: Tensor | None) -> tuple[float, float]:
-    if ours is None or theirs is None:
-        return math.inf, 0.0
-    wide = torch.complex128 if theirs.is_complex() else torch.float64
-    reference = theirs.detach().to(wide)
-    alike = (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    off = _largest(ours.detach().to(wide) - reference, math.inf) if alike else math.inf
-    return off, _largest(reference, 0.0)
-
-
-def _largest(x: Tensor, if_not_finite: float) -> float:
-    largest = float(x.abs().max()) if x.numel() else 0.0
-    return largest if math.isfinite(largest) else if_not_finite
-
-
-def _relative(off: float, size: float) -> float:
-    if off == 0:
-        return 0.0
-    return off / size if size else math.inf

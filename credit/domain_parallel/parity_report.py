@@ -1,14 +1,23 @@
-"""What was found when a sharded model was compared with the plain one."""
+"""What was found when a sharded model was compared with the plain one, and how far two tensors are apart."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 KINDS = ("output", "input gradient", "parameter gradient", "buffer")
 ROUNDING = 1e-4
+
+Key = tuple[str, str]
+"""Kind and name of a tensor; of a module's output, the module's path and a number."""
+
+Pairs = dict[Key, tuple[float, float]]
+"""On this rank: max |ours - theirs|, infinite if they cannot be compared, and max |theirs|."""
 
 
 @dataclass(frozen=True)
@@ -70,3 +79,32 @@ class ParityReport:
             "refused. Otherwise look for what differs between ranks (random numbers that are not torch's); failing "
             "that a rule is wrong: use domain: 1, and report it."
         )
+
+
+def pairs_of(kind: str, ours: Iterable[tuple[Any, Tensor]], theirs: Iterable[tuple[Any, Tensor]]) -> Pairs:
+    """Of tensors of one kind, by name."""
+    a, b = dict(ours), dict(theirs)
+    return {(kind, str(name)): pair_of(a.get(name), b.get(name)) for name in b | a}
+
+
+def pair_of(ours: Tensor | None, theirs: Tensor | None) -> tuple[float, float]:
+    """max |ours - theirs|, infinite if they cannot be compared, and max |theirs|."""
+    if ours is None or theirs is None:
+        return math.inf, 0.0
+    wide = torch.complex128 if theirs.is_complex() else torch.float64
+    reference = theirs.detach().to(wide)
+    alike = (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    off = _largest(ours.detach().to(wide) - reference, math.inf) if alike else math.inf
+    return off, _largest(reference, 0.0)
+
+
+def _largest(x: Tensor, if_not_finite: float) -> float:
+    largest = float(x.abs().max()) if x.numel() else 0.0
+    return largest if math.isfinite(largest) else if_not_finite
+
+
+def relative(off: float, size: float) -> float:
+    """off / size; infinite where nothing but zero was expected."""
+    if off == 0:
+        return 0.0
+    return off / size if size else math.inf

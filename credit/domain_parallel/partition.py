@@ -286,6 +286,7 @@ class Plan:
         out: global output rows this rank computes.
         length: global number of input rows.
         shard: number of input rows this rank owns.
+        sends_any: some rank sends something.
         stays: every rank needs the rows that it owns.
     """
 
@@ -296,6 +297,7 @@ class Plan:
     length: int
     shard: int
     rank: int
+    sends_any: bool
     stays: bool
 
     @property
@@ -340,6 +342,7 @@ def make_plan(operator: RowMap, source: Partition, rank: int, target: Partition 
         length=length,
         shard=source.size(rank),
         rank=rank,
+        sends_any=any(foreign),
         stays=not any(foreign) and all(_are_own(needs[peer], source, peer) for peer in range(parts)),
     )
 

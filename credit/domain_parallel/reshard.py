@@ -107,6 +107,7 @@ def reshard(slab: Slab, cut: int) -> Slab:
     if slab.shape[cut] < slab.group.size:
         raise PartitionError(f"an axis of {slab.shape[cut]} entries cannot be cut over {slab.group.size} ranks")
     moved()
+    slab.group.allow_messages()
     target = Partition(slab.shape[cut], slab.group.size)
     local = _Transpose.apply(slab.local, (slab.cut, slab.partition), (cut, target), slab.group)
     return slab.like(local, cut, target)

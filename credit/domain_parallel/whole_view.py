@@ -10,7 +10,7 @@ from torch import Tensor
 
 from credit.domain_parallel.outcome import shares
 from credit.domain_parallel.slab import Slab, answers, refuse
-from credit.domain_parallel.storage import Memory, Place, View, expanded, repeated, stored
+from credit.domain_parallel.storage import Memory, Place, View, everything, expanded, repeated, stored
 
 
 def viewed(view: View, x: Tensor, moved: bool, strides: tuple[int, ...] | None) -> Tensor:
@@ -23,7 +23,8 @@ def viewed(view: View, x: Tensor, moved: bool, strides: tuple[int, ...] | None) 
     """
     base = view.base
     memory = base.remembered()
-    view = view._replace(place=partial(_composed, base.place, view.place))
+    place = view.place if base.place is everything else partial(_composed, base.place, view.place)
+    view = View(base, view.read, place, view.detached)
     if isinstance(x, Slab):
         x.strides = strides
         if shares(base._local, x._local):

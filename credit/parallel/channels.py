@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree
 
 from credit.domain_parallel.groups import Messages, RankGroup, Reduction
-from credit.domain_parallel.slab import ASKS, COMPOSITE, RULES, Declined, Slab, name_of, refuse, rules_of, running
+from credit.domain_parallel.slab import ASKS, RULES, Slab, answers, refuse, rules_of, running
 
 
 class ChannelGroup(RankGroup):
@@ -44,6 +44,11 @@ class ChannelGroup(RankGroup):
         self._refuse()
 
     def _start(self, outgoing: dict[int, Tensor], incoming: dict[int, list[int]], like: Tensor) -> Messages:
+        if outgoing or incoming:
+            self._refuse()
+        return Messages(dict)
+
+    def allow_messages(self) -> None:
         self._refuse()
 
     def _refuse(self) -> NoReturn:
@@ -110,15 +115,10 @@ class Channels(Slab):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         with rules_of(cls, func):
-            rule = rule or COMPOSITE.get(func)
-            if rule is None or kwargs.get("out") is not None:
-                refuse(name_of(func), "it has no rule for them")
-            group = _group_of(args, kwargs)
-            args, kwargs = _pytree.tree_map_only(Tensor, lambda x: _enter(x, group), (args, kwargs))
-            try:
-                return rule(*args, **kwargs)
-            except Declined as declined:
-                refuse(name_of(func), str(declined))
+            if func in RULES:  # a body in Python that is run instead meets the channels itself
+                group = _group_of(args, kwargs)
+                args, kwargs = _pytree.tree_map_only(Tensor, lambda x: _enter(x, group), (args, kwargs))
+            return answers[0](func, args, kwargs, types)
 
 
 # As for Slab: opt_einsum picks the functions it calls by the name of the tensor's module.

@@ -47,9 +47,9 @@ def parallelize(
     names = (mesh.mesh_dim_names or ()) if mesh is not None else ()
     if mesh is not None and "tp" in names:
         model = apply_tensor_parallel(model, mesh["tp"])
-    model = convert_to_domain_parallel(
-        model, manager or DomainParallelManager.from_mesh(mesh), custom_converters=custom_converters
-    )
+    manager = manager or DomainParallelManager.from_mesh(mesh)
+    fallback = trainer.get("fallback", "gather")
+    model = convert_to_domain_parallel(model, manager, custom_converters=custom_converters, fallback=fallback)
     if "dp" in names:
         _refuse_batch_norm(model)
     if trainer.get("compile"):

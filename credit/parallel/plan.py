@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
+from credit.domain_parallel.gathered import gathers_recorded
 from credit.domain_parallel.groups import CountingRanks, Traffic
 from credit.domain_parallel.manager import DomainParallelManager
 from credit.errors import ConfigError
@@ -40,6 +41,7 @@ class StepCost:
         domain, tensor, data: sent by this rank over the domain, tp and dp x domain groups; sums as a ring does them.
         collectives: number of collective calls, all groups.
         messages: number of halo messages.
+        gathered: calls that have no sharded form and are computed on whole fields, with module and line.
     """
 
     parameters: int
@@ -51,6 +53,7 @@ class StepCost:
     data: int
     collectives: int
     messages: int
+    gathered: tuple[str, ...]
 
     @property
     def memory(self) -> int:
@@ -66,6 +69,7 @@ class _Simulated:
     weights: _Weights
     domain: Traffic
     tensor: Traffic
+    gathered: tuple[str, ...]
 
 
 class Planner:
@@ -76,8 +80,8 @@ class Planner:
         field: (channels, latitudes, longitudes) of the input, the whole globe. Latitudes are rounded up to a multiple
             of the domain: the cost is that of the rank with most rows.
         conf: the whole config; of `trainer`: parallelism.data, amp, dtype, batch_size, accumulate, rollout,
-            rollout_detach, activation_checkpointing, shard_over, reshard_after_forward and the members of an ensemble
-            count.
+            rollout_detach, activation_checkpointing, fallback, shard_over, reshard_after_forward and the members of an
+            ensemble count.
         custom_converters: for `convert_to_domain_parallel`.
     """
 
@@ -132,6 +136,7 @@ class Planner:
             collectives=passes * (domain.collectives + tensor.collectives)
             + weights.collectives(sharded, reduced, self.forwards),
             messages=passes * domain.messages,
+            gathered=found.gathered,
         )
 
     def _simulate(self, tp: int, domain: int, samples: int, sharded: bool) -> _Simulated:
@@ -146,17 +151,19 @@ class Planner:
             model = self.build(rows * domain)
         if tp > 1:
             model = cut_channels(model, channels_of)
-        model = convert_to_domain_parallel(model, manager, custom_converters=self.converters)
+        fallback = trainer.get("fallback", "gather")
+        model = convert_to_domain_parallel(model, manager, custom_converters=self.converters, fallback=fallback)
         blocks = fsdp_blocks(model)
         if trainer.get("activation_checkpointing"):
             recompute_activations(blocks)
         model.to(dtype)
         x = torch.zeros(samples * self.members, channels, rows, longitudes, dtype=dtype, device="meta")
-        with _gradients_leave(model) if sharded else nullcontext():
+        with _gradients_leave(model) if sharded else nullcontext(), gathers_recorded() as gathers:
             meter = _measured(model, x, self.together)
         peak = meter.peak + (1 + trainer.get("rollout", 1)) * x.nbytes  # the input, and targets
         weights = _Weights(model, blocks, trainer)
-        return _Simulated(peak, meter.flops, weights, manager.traffic, channels_of.traffic)
+        gathered = tuple(map(str, gathers))
+        return _Simulated(peak, meter.flops, weights, manager.traffic, channels_of.traffic, gathered)
 
 
 def _measured(model: nn.Module, x: Tensor, steps: int) -> Meter:

@@ -43,6 +43,7 @@ def check_parity(config: Config) -> ParityReport:
         (fields,),
         tensor * domain,
         custom_converters=DOMAIN_CONVERTERS,
+        fallback=config.trainer.fallback,
         seed=config.trainer.seed,
     )
 
@@ -56,6 +57,7 @@ def check_parity_of(job: Job) -> ParityReport:
         (fields,),
         job.manager,
         custom_converters=DOMAIN_CONVERTERS,
+        fallback=job.config.trainer.fallback,
         seed=job.config.trainer.seed,
         cut=None if tp is None else CutChannels(ChannelGroup(ProcessRanks(tp.get_group()), tp)),
     )

@@ -70,7 +70,8 @@ def plan(config: Config, gpus: int, gpu_memory: float, gpus_per_node: int) -> st
     if not layouts:
         raise ConfigError(f"{gpus} ranks make no mesh for this config; {'; '.join(_refusals(refused)[:4])}")
     layouts.sort(key=lambda layout: (not _fits(layout, gpu_memory), layout.computing_s + layout.sending_s))
-    return "\n".join([*_table(layouts, gpu_memory), "", _recommendation(layouts, gpu_memory), *_refusals(refused)])
+    notes = [*_gathers(layouts), *_refusals(refused)]
+    return "\n".join([*_table(layouts, gpu_memory), "", _recommendation(layouts, gpu_memory), *notes])
 
 
 def _shapes(gpus: int) -> list[MeshShape]:
@@ -137,6 +138,15 @@ def _recommendation(layouts: list[Layout], gpu_memory: float) -> str:
         f"{INSIDE_BYTES_PER_S / GB:.0f} GB/s inside a node and {ACROSS_BYTES_PER_S / GB:.0f} GB/s across.\n"
         f"  --set trainer.parallelism.tensor={shape.tp} --set trainer.parallelism.domain={shape.domain}"
     )
+
+
+def _gathers(layouts: list[Layout]) -> list[str]:
+    """One line for each call that is computed on whole fields, on the largest domain where it is."""
+    found: dict[str, str] = {}
+    for layout in sorted(layouts, key=lambda layout: layout.shape.domain):
+        for call in layout.cost.gathered:
+            found[call.partition(" has no")[0]] = f"gathered on {_named(layout.shape)}: {call}"
+    return [*found.values()]
 
 
 def _refusals(refused: dict[MeshShape, str]) -> list[str]:

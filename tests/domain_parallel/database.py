@@ -28,6 +28,7 @@ from credit.domain_parallel.root import _Once
 from credit.domain_parallel.slab import Slab, inside_model
 from credit.domain_parallel.thread_ranks import DeadlockError, RankError, ThreadWorld, thread_ranks
 from credit.domain_parallel.whole_view import as_whole
+from credit.parallel.channels import ChannelGroup, Channels
 
 TOLERANCES = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-1}
 
@@ -113,9 +114,10 @@ def run_plain(call: Call) -> Result:
     return _run(call, leaves, lambda x: x)
 
 
-def run_cut(call: Call, place: int, axis: int, group: Any) -> Result:
-    """On one of the ranks of `group`, with leaf `place` cut along `axis`."""
+def run_cut(call: Call, place: int, axis: int, group: Any, kind: type[Slab] = Slab) -> Result:
+    """On one of the ranks of `group`, with leaf `place` cut along `axis`, as rows or as channels are."""
     leaves: list[Any] = []
+    shared = ChannelGroup(group) if kind is Channels else group
     with inside_model():
         for i, x in enumerate(call.leaves):
             if not isinstance(x, Tensor):
@@ -126,24 +128,30 @@ def run_cut(call: Call, place: int, axis: int, group: Any) -> Result:
                 continue
             partition = Partition(x.shape[axis], group.size)
             local = part(x.detach(), axis, partition, group.rank).clone().requires_grad_(x.requires_grad)
-            slab = Slab(local, axis, partition, group)
+            slab = kind(local, axis, partition, shared)
             stored = x.detach().clone()
             slab.strides = None if stored.is_contiguous() else stored.stride()
             leaves.append(slab)
 
         def leave(x: Tensor) -> Tensor:
-            x = as_whole(x)
-            return _Once.apply(whole(x), group) if isinstance(x, Slab) or x.requires_grad else x
+            x = _as_rows(as_whole(x), group)
+            counted = kind is Slab and x.requires_grad  # what is whole beside channels has the whole cotangent
+            return _Once.apply(whole(x), group) if isinstance(x, Slab) or counted else x
 
         result = _run(call, leaves, leave)
     if result.error is None:
-        slab = leaves[place]
+        slab = _as_rows(leaves[place], group)
         for i, gradient in result.gradients.items():
             if i == place:
                 result.gradients[i] = whole(slab.like(gradient))
-            else:
+            elif kind is Slab:  # what meets channels has its gradient summed already
                 result.gradients[i] = group.all_reduce(gradient.to_dense())
     return result
+
+
+def _as_rows(x: Any, group: Any) -> Any:
+    """A slab from channels, which never leave a block of a model; anything else as it is."""
+    return Slab(x.local, x.cut, x.partition, group) if isinstance(x, Channels) else x
 
 
 def _run(call: Call, leaves: list[Any], leave: Callable[[Tensor], Tensor]) -> Result:
@@ -224,10 +232,18 @@ def _nudged(call: Call) -> Call:
     return replace(call, leaves=[nudge(x) for x in call.leaves])
 
 
-def verdict(world: ThreadWorld, call: Call, place: int, axis: int, theirs: Result, tolerance: float) -> str:
+def verdict(
+    world: ThreadWorld,
+    call: Call,
+    place: int,
+    axis: int,
+    theirs: Result,
+    tolerance: float,
+    kind: type[Slab] = Slab,
+) -> str:
     """ "exact", or what is not, in words. An error that rounding of the inputs makes as large on one device is none."""
     try:
-        ranks = world.run(lambda: run_cut(call, place, axis, world.group()))
+        ranks = world.run(lambda: run_cut(call, place, axis, world.group(), kind))
     except RankError as error:
         causes = [*error.errors.values()]
         if all(isinstance(cause, DomainParallelError) for cause in causes) and len(causes) == world.size:
@@ -258,7 +274,12 @@ def cuts_of(call: Call, ranks: int, ends: bool = False) -> Iterator[tuple[int, i
 
 
 def judge(
-    op: OpInfo, world: ThreadWorld, dtype: torch.dtype, samples: int | None = None, seen: Callable | None = None
+    op: OpInfo,
+    world: ThreadWorld,
+    dtype: torch.dtype,
+    samples: int | None = None,
+    seen: Callable | None = None,
+    kind: type[Slab] = Slab,
 ) -> Counter:
     """Verdicts on an operator, counted by their first word; `seen` is called with each."""
     counts: Counter = Counter()
@@ -271,7 +292,7 @@ def judge(
         for place, axis in cuts_of(call, world.size, ends=samples is not None):
             kinds[way] += axis == 0
             theirs = run_plain(call) if theirs is None else theirs
-            found = verdict(world, call, place, axis, theirs, TOLERANCES[dtype])
+            found = verdict(world, call, place, axis, theirs, TOLERANCES[dtype], kind)
             counts[found.partition(" ")[0]] += 1
             if seen is not None:
                 seen(call, place, axis, found)
@@ -290,6 +311,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--samples", type=int, help="of an operator and a way to call it; all by default")
     parser.add_argument("--dtype", default="float64", choices=[str(kind).removeprefix("torch.") for kind in TOLERANCES])
+    parser.add_argument("--channels", action="store_true", help="cut as channels are, not as rows")
     parser.add_argument("--part", default="0/1", help="every n-th operator: i/n")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
@@ -306,7 +328,7 @@ def main() -> None:
                     said.add(found[:40])
                     print(f"{call.name}, leaf {place} axis {axis}: {found}", flush=True)
 
-            counts = judge(op, world, dtype, options.samples, seen)
+            counts = judge(op, world, dtype, options.samples, seen, Channels if options.channels else Slab)
             total += counts
             total["operators"] += 1
             total["operators without refusal"] += not counts["refused"]

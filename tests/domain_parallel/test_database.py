@@ -8,7 +8,9 @@ from collections import Counter
 import pytest
 import torch
 
+from credit.domain_parallel.slab import Slab
 from credit.domain_parallel.thread_ranks import ThreadWorld, thread_ranks
+from credit.parallel.channels import Channels
 from tests.domain_parallel import database
 
 PARTS = 6
@@ -16,19 +18,22 @@ REFUSED = {"as_strided", "resize_", "resize_as_", "squeeze", "unsqueeze", "trans
 """Operators some calls of which cannot be exact: strides of one device's memory, other shapes in place."""
 
 
-def verdicts(world: ThreadWorld, dtype: torch.dtype, part: int, parts: int, samples: int | None) -> Counter:
-    """Of every `parts`-th operator; fails with what is wrong."""
+def verdicts(
+    world: ThreadWorld, dtype: torch.dtype, part: int, parts: int, samples: int | None, kind: type[Slab] = Slab
+) -> Counter:
+    """Of every `parts`-th operator; fails with what is wrong. Channels may refuse anything: they do not move."""
     logging.getLogger("credit").setLevel(logging.ERROR)
     total: Counter = Counter()
     wrong: list[str] = []
 
     def seen(call: database.Call, place: int, axis: int, found: str) -> None:
-        allowed = found == "exact" or (found.startswith("refused") and call.name.partition(".")[0] in REFUSED)
+        may_refuse = kind is Channels or call.name.partition(".")[0] in REFUSED
+        allowed = found == "exact" or (found.startswith("refused") and may_refuse)
         if not allowed:
             wrong.append(f"{call.name}, leaf {place} axis {axis}: {found}")
 
     for op in database.operators(dtype)[part::parts]:
-        total += database.judge(op, world, dtype, samples, seen)
+        total += database.judge(op, world, dtype, samples, seen, kind)
     assert not wrong, "\n".join(wrong[:20])
     return total
 
@@ -43,6 +48,14 @@ def test_an_operator_of_torch_is_exact(part: int) -> None:
 def test_in_other_types_on_a_slice(dtype: torch.dtype) -> None:
     with thread_ranks(2) as world:
         assert verdicts(world, dtype, 3, 12, 1)["exact"] > 100
+
+
+@pytest.mark.parametrize(
+    ("parts", "samples", "least"), [(6, 1, 100), pytest.param(1, None, 5000, marks=pytest.mark.slow)]
+)
+def test_an_operator_on_channels_is_exact_or_refused(parts: int, samples: int | None, least: int) -> None:
+    with thread_ranks(2) as world:
+        assert verdicts(world, torch.float64, 0, parts, samples, Channels)["exact"] > least
 
 
 @pytest.mark.slow

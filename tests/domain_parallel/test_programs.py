@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from credit.domain_parallel.thread_ranks import thread_ranks
 from tests.domain_parallel import programs
 
 EACH = 500
@@ -21,3 +22,12 @@ def test_a_random_program_gives_the_same_numbers(part: int) -> None:
     wrong = {seed: verdict for seed, verdict in found.items() if not verdict.startswith("refused")}
     assert not wrong, "\n".join(f"{programs.described(seed)}\n{verdict}" for seed, verdict in [*wrong.items()][:3])
     assert len(found) <= EACH // 100, found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_random_program_on_channels_gives_the_same_numbers_or_is_refused() -> None:
+    with thread_ranks(2) as world:
+        found = {seed: programs.verdict_on_channels(seed, world) for seed in range(500)}
+    wrong = {seed: verdict for seed, verdict in found.items() if not verdict.startswith(("refused", "exact"))}
+    assert not wrong, "\n".join(f"{programs.described(seed)}\n{verdict}" for seed, verdict in [*wrong.items()][:3])
+    assert sum(verdict == "exact" for verdict in found.values()) > 200

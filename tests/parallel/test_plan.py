@@ -143,6 +143,31 @@ def test_activation_checkpointing_and_smaller_batches_need_less() -> None:
     assert parts < 0.35 * plain
 
 
+class Ranked(UNet):
+    """Has an operation without a sharded form."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * torch.linalg.svdvals(x[:, 0]).mean()
+
+
+def test_what_is_gathered_is_said_and_counted_and_refused_on_request() -> None:
+    named = f"model.name={__name__}.Ranked"
+    text = plan(config(named), gpus=2, gpu_memory=1.0, gpus_per_node=2)
+    said = [line for line in text.splitlines() if line.startswith("gathered on dp 1 x tp 1 x domain 2: Ranked: ")]
+    assert len(said) == 1
+    assert "torch.linalg.svdvals has no sharded form; " in said[0]
+    more, less = (
+        Planner(lambda rows, kind=kind: kind(*FIELD[:1], OUT, (rows, FIELD[2])), FIELD, conf("ddp", 1, 2)).cost(
+            MeshShape(1, 1, 2)
+        )
+        for kind in (Ranked, UNet)
+    )
+    half = 4 * BATCH * FIELD[1] * FIELD[2] // 2
+    assert more.domain - less.domain == half  # to the other rank; the input has no gradient to come back
+    refused = plan(config(named, "trainer.fallback=refuse"), gpus=2, gpu_memory=1.0, gpus_per_node=2)
+    assert "not possible: dp 1 x tp 1 x domain 2: Ranked: torch.linalg.svdvals cannot be done" in refused
+
+
 def lines(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if line[:4].strip().isdigit()]
 

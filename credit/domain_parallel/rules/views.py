@@ -353,6 +353,8 @@ def _position(items: list, axis: int) -> int:
 
 def _index_others(x: Slab, items: tuple) -> Slab:
     """Index the axes that are not cut; where the cut goes is seen on tensors that hold no values."""
+    if not any(isinstance(i, Tensor | list) for i in items):
+        return x.like(x.local[items], sum(not isinstance(i, int) for i in items[: _position([*items], x.cut)]))
     items = tuple(whole(i) for i in items)
     sizes = []
     for rows in (2, 3):
