@@ -69,7 +69,7 @@ def _traits(func: Any) -> _Traits:
     changes = (changes and name != "__iter__") or name == "__setitem__" or (name.endswith("_") and name[-2:-1] != "_")
     flag = None
     if inspect.isfunction(func):
-        names = [*inspect.signature(func).parameters]
+        names = [*inspect.signature(func, follow_wrapped=False).parameters]
         flag = (names.index("inplace"), "inplace") if "inplace" in names else None
     return _Traits(name in VIEWS.split(), name in ("detach", "data"), changes, flag)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.halo_exchange import exchange, moved
 from credit.domain_parallel.partition import Everything, Partition, PartitionError, RowMap, Rows, make_plan
-from credit.domain_parallel.slab import Slab, is_slab
+from credit.domain_parallel.slab import Declined, Slab, is_slab
 
 
 def plain_partition(slab: Slab) -> Partition:
@@ -78,6 +78,8 @@ def whole(x: Any) -> Any:
 
 def own(x: Tensor, axis: int, like: Slab) -> Tensor:
     """This rank's part of a whole tensor whose `axis` runs along the cut of `like`."""
+    if x.layout is not torch.strided:
+        raise Declined("sparse tensors are not cut")
     return part(x, axis, like.partition, like.group.rank)
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from credit.domain_parallel.binding import bind
 from credit.domain_parallel.reshard import other_axis, reshard, whole
+from credit.domain_parallel.rules.flips import roll
 from credit.domain_parallel.rules.pointwise import align, lead, pointwise, result
 from credit.domain_parallel.rules.reductions import amax, amin, axes_of, axis_of, drop
-from credit.domain_parallel.rules.views import roll
-from credit.domain_parallel.slab import Declined, Slab, is_slab, register_rule, rule, torch_functions
+from credit.domain_parallel.slab import Declined, Slab, bound, is_slab, register_rule, rule, torch_functions
 
 
 def elsewhere(function: Callable[[Tensor], Any], x: Slab, axes: Sequence[int]) -> Any:
@@ -29,12 +29,15 @@ def elsewhere(function: Callable[[Tensor], Any], x: Slab, axes: Sequence[int]) -
     if cut is None:
         return function(whole(x))
     there = reshard(x, cut)
-    return _back(function(there.local), there, x.cut)
+    return back(function(there.local), there, x.cut)
 
 
-def _back(out: Any, there: Slab, cut: int) -> Any:
+def back(out: Any, there: Slab, cut: int) -> Any:
+    """What was computed on the rows of `there`, cut along `cut` again; whole where that is too short."""
+    if there.cut == cut:
+        return result(out, there)
     if isinstance(out, tuple | list):
-        return tuple(_back(one, there, cut) for one in out)
+        return tuple(back(one, there, cut) for one in out)
     moved = there.like(out)
     return reshard(moved, cut) if moved.shape[cut] >= moved.group.size else whole(moved)
 
@@ -139,7 +142,18 @@ def _reducing(func: Any) -> Any:
     return call
 
 
-for _name in ("argmax", "argmin", "logsumexp", "nanmean", "nansum", "prod", "mode", "kthvalue"):
+for _name in (
+    "quantile",
+    "nanquantile",
+    "argmax",
+    "argmin",
+    "logsumexp",
+    "nanmean",
+    "nansum",
+    "prod",
+    "mode",
+    "kthvalue",
+):
     for _func in torch_functions(_name):
         register_rule(_func, _reducing(_func))
 
@@ -148,6 +162,7 @@ def _fourier_dims(several: bool, default: Any) -> Dims:
     def dims(x: Tensor, given: dict[str, Any]) -> Sequence[int]:
         dim, lengths = given.get("dim", default), given.get("s")
         if several and dim is None:
+            lengths = (lengths,) if isinstance(lengths, int) else lengths
             dim = range(-len(lengths), 0) if lengths is not None else range(-x.ndim, 0)
         return axes_of(x, dim)
 
@@ -162,7 +177,9 @@ for _kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft"):
 
 def _shifted(func: Any) -> Any:
     def call(input: Slab, dim: Any = None) -> Any:
-        dims = axes_of(input, dim)
+        dims = [
+            axis_of(input, d) for d in (range(input.ndim) if dim is None else [dim] if isinstance(dim, int) else dim)
+        ]
         sign = 1 if func is torch.fft.fftshift else -1
         shifts = [input.shape[d] // 2 if sign > 0 else (input.shape[d] + 1) // 2 for d in dims]
         return roll(input, shifts, dims)
@@ -203,18 +220,43 @@ def unfold(input: Slab, dimension: int, size: int, step: int) -> Any:
     return reshard(moved, axis) if moved.shape[axis] >= input.group.size else whole(moved)
 
 
-@rule("gather")
-def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
-    """Local where the cut is along another axis, of which the index has as many entries."""
-    if not is_slab(input) or is_slab(index) or input.ndim == 0:
+@rule("gradient")
+def gradient(input: Slab, *, spacing: Any = None, dim: Any = None, edge_order: int = 1) -> Any:
+    """A derivative along each of several axes, one after another."""
+    dims = [dim] if isinstance(dim, int) else list(range(input.ndim)) if dim is None else [*dim]
+    each = [*spacing] if isinstance(spacing, list | tuple) else [1 if spacing is None else spacing] * len(dims)
+    if len(each) != len(dims):
         raise Declined
-    axis = axis_of(input, dim)
-    if axis == input.cut or input.shape[input.cut] != index.shape[input.cut]:
-        raise Declined
-    if (
-        index.device.type == "cpu"
-        and index.numel()
-        and not 0 <= int(index.min()) <= int(index.max()) < input.shape[axis]
-    ):
-        raise Declined  # it would stop the ranks alone that have such an entry
-    return input.like(torch.gather(input.local, dim, align(index, input), sparse_grad=sparse_grad))
+
+    def derivative(axis: int, step: Any) -> Any:
+        steps = (whole(step),) if isinstance(step, Tensor) else step
+        return elsewhere(
+            lambda local: torch.gradient(local, spacing=steps, dim=axis, edge_order=edge_order)[0], input, (axis,)
+        )
+
+    return [derivative(axis_of(input, d), step) for d, step in zip(dims, each, strict=True)]
+
+
+def _trapezoid(func: Any) -> Any:
+    def call(y: Tensor, x: Any = None, *, dx: Any = 1, dim: int = -1) -> Any:
+        if not is_slab(y) or (x is not None and (x.ndim != 1 or is_slab(x))):
+            raise Declined
+        axis = axis_of(y, dim)
+        more = {"dx": dx} if x is None else {"x": x}
+        if func is torch.cumulative_trapezoid:
+            return elsewhere(lambda local: func(local, **more, dim=axis), y, (axis,))
+        kept = elsewhere(lambda local: func(local, **more, dim=axis).unsqueeze(axis), y, (axis,))
+        return _dropped(kept, axis, False)
+
+    return call
+
+
+for _name in ("trapezoid", "trapz", "cumulative_trapezoid"):
+    for _func in torch_functions(_name):
+        register_rule(_func, bound(_func, _trapezoid(_func), {}))
+
+
+for _name, _axes in (("1d", 1), ("2d", 2), ("3d", 3)):
+    for _kind in (f"max_pool{_name}_with_indices", f"adaptive_max_pool{_name}_with_indices"):
+        _func = getattr(F, _kind)
+        register_rule(_func, along(_func, lambda x, given, n=_axes: range(x.ndim - n, x.ndim)))  # type: ignore[misc]

@@ -61,7 +61,7 @@ for _name in _METHODS:
         _answer(_func, _func)
 
 # Asked of the rows.
-for _getter in map(getter, ("grad_fn", "is_leaf", "_base", "requires_grad")):
+for _getter in map(getter, ("grad_fn", "is_leaf", "_base", "requires_grad", "grad_dtype")):
     _answer(_getter, lambda x, getter=_getter: getter(x.local))
 for _name in ("is_pinned", "is_shared", "requires_grad_", "retain_grad"):
     _func = getattr(torch.Tensor, _name)

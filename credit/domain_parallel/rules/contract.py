@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from credit.domain_parallel.reshard import AllSum, cut_along, reshard, whole
+from credit.domain_parallel.rules.along import back
 from credit.domain_parallel.rules.pointwise import align, lead, pointwise, result
 from credit.domain_parallel.rules.reductions import axis_of
-from credit.domain_parallel.slab import COMPOSITE, Declined, Slab, is_slab, rule
+from credit.domain_parallel.slab import COMPOSITE, Declined, Slab, bound, is_slab, register_rule, rule
 
 
 def contract(func: Any, operands: list[Tensor], letters: list[str], out: str) -> Any:
@@ -41,6 +42,26 @@ def _cut_along(x: Tensor, names: str, letter: str, like: Slab) -> Tensor:
     if x.shape[axis] != like.shape[like.cut]:
         raise Declined
     return cut_along(x, axis, like)
+
+
+@rule("outer", "ger")
+def outer(input: Tensor, vec2: Tensor) -> Any:
+    if is_slab(input):
+        return input.like(torch.outer(input.local, whole(vec2)), 0)
+    if not is_slab(vec2):
+        raise Declined
+    return vec2.like(torch.outer(input, vec2.local), 1)
+
+
+def sparse_product(input: Tensor, dense: Tensor) -> Any:
+    """A whole sparse matrix times a field whose rows are cut: with its columns cut instead."""
+    if input.layout is torch.strided or not is_slab(dense) or dense.ndim != 2:
+        raise Declined
+    there = dense if dense.cut == 1 else reshard(dense, 1)
+    return back(torch.sparse.mm(input, there.local), there, dense.cut)
+
+
+register_rule(torch.sparse.mm, bound(torch.sparse.mm, sparse_product, {"sparse": "input"}))
 
 
 @rule("einsum")
@@ -118,6 +139,8 @@ def _matrix_letters(a: Tensor, b: Tensor) -> tuple[list[str], str]:
 
 @rule("matmul", "bmm", "mm", "mv", "dot", "__matmul__", mat2="other", vec="other", tensor="other")
 def matmul(input: Tensor, other: Tensor) -> Any:
+    if not is_slab(input) and input.layout is not torch.strided:
+        return sparse_product(input, other)
     return contract(torch.matmul, [input, other], *_matrix_letters(input, other))
 
 

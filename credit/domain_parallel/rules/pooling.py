@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from credit.domain_parallel.binding import bind
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, Taps, Window, make_plan
 from credit.domain_parallel.reshard import cut_along, other_axis, own, recut, reshard, whole
 from credit.domain_parallel.rules.along import elsewhere
-from credit.domain_parallel.rules.pointwise import pointwise
-from credit.domain_parallel.rules.reductions import mean, sum_
+from credit.domain_parallel.rules.reductions import mean
 from credit.domain_parallel.rules.windows import fetch, per_axis, with_axis
-from credit.domain_parallel.slab import Declined, Slab, is_slab, register_rule, rule
+from credit.domain_parallel.slab import Declined, Slab, is_slab, rule
 
 MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -346,21 +344,3 @@ def unfold(input: Slab, kernel_size: Any, dilation: Any = 1, padding: Any = 0, s
     inner = p.inner * prod(per_axis(kernel_size, 2)) if cut == 1 else p.inner
     local = F.unfold(x.local, kernel_size, dilation, padding, stride)
     return x.like(local, cut, Partition(p.rows, p.parts, p.outer, inner))
-
-
-def _loss(func: Any) -> Any:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        given = bind(func, args, kwargs)
-        if given is None or given.get("reduction", "mean") not in ("none", "mean", "sum"):
-            raise Declined
-        reduction = given.pop("reduction", "mean")
-        if given.pop("size_average", None) is not None or given.pop("reduce", None) is not None:
-            raise Declined
-        each = pointwise(func)(given.pop("input"), given.pop("target"), reduction="none", **given)
-        return {"none": lambda x: x, "mean": mean, "sum": sum_}[reduction](each)
-
-    return call
-
-
-for _func in (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss):
-    register_rule(_func, _loss(_func))

@@ -18,7 +18,7 @@ from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, Rows, make_plan
 from credit.domain_parallel.regroup import regroup
 from credit.domain_parallel.reshard import cut_along, recut, reshard, select, whole
-from credit.domain_parallel.rules.pointwise import align, lead, result
+from credit.domain_parallel.rules.pointwise import lead, result
 from credit.domain_parallel.rules.reductions import axis_of
 from credit.domain_parallel.slab import COMPOSITE, Declined, Slab, getter, is_slab, register_rule, rule
 
@@ -97,6 +97,26 @@ def transpose(input: Slab, dim0: int, dim1: int) -> Slab:
     a, b = axis_of(input, dim0), axis_of(input, dim1)
     order[a], order[b] = order[b], order[a]
     return permute(input, order)
+
+
+@rule("meshgrid")
+def meshgrid(tensors: Sequence[Tensor], indexing: str | None = None) -> Any:
+    """Each along an axis of its own."""
+    given = [*tensors[0]] if len(tensors) == 1 and isinstance(tensors[0], list | tuple) else [*tensors]
+    if any(x.ndim != 1 for x in given):
+        raise Declined
+    axes = [1, 0, *range(2, len(given))] if indexing == "xy" and len(given) > 1 else list(range(len(given)))
+    shape = [0] * len(given)
+    for axis, x in zip(axes, given, strict=True):
+        shape[axis] = x.shape[0]
+
+    def spread(x: Tensor, axis: int) -> Tensor:
+        local = x.local if is_slab(x) else x
+        lengths = [local.shape[0] if n == axis else length for n, length in enumerate(shape)]
+        out = local.view([-1 if n == axis else 1 for n in range(len(shape))]).expand(lengths)
+        return x.like(out, axis) if is_slab(x) else out
+
+    return tuple(spread(x, axis) for axis, x in zip(axes, given, strict=True))
 
 
 @rule("movedim", "moveaxis")
@@ -196,11 +216,6 @@ def narrow(input: Slab, dim: int, start: int, length: int) -> Any:
     return narrow_to(input, axis, start, start + length)
 
 
-@rule("select")
-def select_one(input: Slab, dim: int, index: int) -> Any:
-    return getitem(input, (slice(None),) * axis_of(input, dim) + (index,))
-
-
 @rule("unbind")
 def unbind(input: Slab, dim: int = 0) -> tuple:
     axis = axis_of(input, dim)
@@ -283,169 +298,3 @@ def stack(tensors: Sequence[Tensor], dim: int = 0) -> Any:
     like = lead(tensors)
     dim = dim + like.ndim + 1 if dim < 0 else dim
     return like.like(torch.stack([cut_along(x, like.cut, like) for x in tensors], dim), like.cut + (dim <= like.cut))
-
-
-@rule("__getitem__")
-def getitem(input: Tensor, index: Any) -> Any:
-    if not is_slab(input):
-        return input[_whole_index(index)]
-    items = _spelled_out(input, index)
-    at = _position(items, input.cut)
-    item, length = items[at], input.shape[input.cut]
-    if isinstance(item, int):
-        return rows_at(input, [range(length)[item]])[(*items[:at], 0, *items[at + 1 :])]
-    if isinstance(item, slice):
-        rows: Sequence[int] = range(length)[item]
-    else:
-        found = torch.arange(length)[torch.as_tensor(whole(item)).cpu()]
-        if found.ndim != 1 or sum(isinstance(i, Tensor | list) for i in items) > 1:
-            raise Declined
-        rows = found.tolist()
-    y = rows_at(input, rows)
-    rest = (*items[:at], slice(None), *items[at + 1 :])
-    if y is input:
-        return _index_others(input, rest)
-    return _index_others(y, rest) if is_slab(y) else y[rest]
-
-
-def _whole_index(index: Any) -> Any:
-    return tuple(whole(i) for i in index) if isinstance(index, tuple) else whole(index)
-
-
-def _spelled_out(x: Slab, index: Any) -> list:
-    """The index with an item for every axis; declined where an item takes several, or is of a kind seldom met."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    items = [int(i) if isinstance(i, Tensor) and i.ndim == 0 and not is_slab(i) and _counts(i) else i for i in items]
-    if not all(_is_simple(item) for item in items):
-        raise Declined
-    used = sum(i is not None and i is not Ellipsis for i in items)
-    if used > x.ndim or sum(i is Ellipsis for i in items) > 1:
-        raise Declined
-    if not any(i is Ellipsis for i in items):
-        items.append(Ellipsis)
-    where = next(n for n, i in enumerate(items) if i is Ellipsis)
-    return [*items[:where], *[slice(None)] * (x.ndim - used), *items[where + 1 :]]
-
-
-def _counts(x: Tensor) -> bool:
-    return x.dtype not in (torch.bool, torch.uint8) and not (x.is_floating_point() or x.is_complex())
-
-
-def _is_simple(item: Any) -> bool:
-    if isinstance(item, Tensor):
-        return item.ndim > 0 and not (item.ndim > 1 and not _counts(item))
-    if isinstance(item, slice):
-        return all(n is None or type(n) is int for n in (item.start, item.stop, item.step))
-    if isinstance(item, list):
-        return bool(item) and all(type(n) is int for n in item)
-    return item is None or item is Ellipsis or type(item) is int
-
-
-def _position(items: list, axis: int) -> int:
-    """Where in the index the item of `axis` is (None adds an axis and takes none)."""
-    for position, item in enumerate(items):
-        if item is not None:
-            if axis == 0:
-                return position
-            axis -= 1
-    raise IndexError("too few items")
-
-
-def _index_others(x: Slab, items: tuple) -> Slab:
-    """Index the axes that are not cut; where the cut goes is seen on tensors that hold no values."""
-    if not any(isinstance(i, Tensor | list) for i in items):
-        return x.like(x.local[items], sum(not isinstance(i, int) for i in items[: _position([*items], x.cut)]))
-    items = tuple(whole(i) for i in items)
-    sizes = []
-    for rows in (2, 3):
-        probe = list(x.shape)
-        probe[x.cut] = rows
-        sizes.append(torch.empty(probe, device="meta")[tuple(_to_meta(i) for i in items)].shape)
-    cut = next(axis for axis, (two, three) in enumerate(zip(*sizes, strict=True)) if two != three)
-    return x.like(x.local[items], cut)
-
-
-def _to_meta(item: Any) -> Any:
-    if not isinstance(item, Tensor):
-        return item
-    return (item.nonzero()[:, 0] if item.dtype == torch.bool else item).to("meta")
-
-
-@rule("__setitem__")
-def setitem(input: Tensor, index: Any, value: Any) -> None:
-    if not is_slab(input):
-        input[_whole_index(index)] = whole(value)
-        return
-    items = _spelled_out(input, index)
-    at = _position(items, input.cut)
-    if items[at] != slice(None):
-        _set_rows(input, items, at, value)
-        return
-    if isinstance(value, Tensor):
-        target = _index_others(input.like(input.local.detach()), tuple(items))
-        if value.ndim > target.ndim:
-            raise Declined
-        value = align(value, target)
-    input.local[tuple(whole(i) for i in items)] = value
-
-
-def _set_rows(x: Slab, items: list, at: int, value: Any) -> None:
-    """Assign to some rows: every rank takes from the whole value what falls on its own."""
-    if any(isinstance(item, Tensor | list) for item in items) or x.partition.outer > 1:
-        raise Declined
-    length, item = x.shape[x.cut], items[at]
-    rows = range(length)[item] if isinstance(item, slice) else range(length)[item : item + 1 or None]
-    mine = x.partition.indices(x.group.rank)
-    places = [place for place, row in enumerate(rows) if row in mine]
-    value = whole(value)
-    after = sum(not isinstance(item, int) for item in items[at + 1 :])  # axes after the rows
-    if isinstance(value, Tensor) and isinstance(item, int):
-        value = value.unsqueeze(value.ndim - after) if value.ndim > after else value
-    elif isinstance(value, Tensor) and value.ndim > after and value.shape[-1 - after] > 1:
-        value = value.narrow(value.ndim - 1 - after, places[0] if places else 0, len(places))
-    first = rows[places[0]] - mine[0] if places else 0
-    local = slice(first, first + len(places) * rows.step, rows.step)
-    x.local[(*items[:at], local, *items[at + 1 :])] = value
-
-
-@rule("index_select")
-def index_select(input: Slab, dim: int, index: Tensor) -> Any:
-    if not is_slab(input):
-        raise Declined
-    if axis_of(input, dim) == input.cut:
-        return rows_at(input, whole(index).reshape(-1).tolist())
-    return input.like(input.local.index_select(dim, whole(index)))
-
-
-@rule("flip")
-def flip(input: Slab, dims: Any) -> Any:
-    axes = [axis_of(input, d) for d in ((dims,) if isinstance(dims, int) else dims)]
-    y = input.like(input.local.flip([d for d in axes if d != input.cut]))
-    return rows_at(y, range(input.shape[input.cut] - 1, -1, -1)) if input.cut in axes else y
-
-
-@rule("flipud")
-def flipud(input: Slab) -> Any:
-    return flip(input, 0)
-
-
-@rule("fliplr")
-def fliplr(input: Slab) -> Any:
-    return flip(input, 1)
-
-
-@rule("roll")
-def roll(input: Slab, shifts: Any, dims: Any = ()) -> Any:
-    shifts = (shifts,) if isinstance(shifts, int) else shifts
-    dims = (dims,) if isinstance(dims, int) else dims
-    if len(dims) != len(shifts):
-        raise Declined  # without axes, the flattened field is shifted
-    x = input
-    for shift, dim in zip(shifts, dims, strict=True):
-        axis = axis_of(x, dim)
-        length = x.shape[axis]
-        if axis == x.cut:
-            x = rows_at(x, [(row - shift) % length for row in range(length)] if shift % length else range(length))
-        else:
-            x = x.like(x.local.roll(shift, axis))
-    return x
