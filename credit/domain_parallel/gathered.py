@@ -21,7 +21,7 @@ from torch import Tensor
 from credit.domain_parallel.outcome import leaves, replaced, shares, strides_of, tensors_in, view_in
 from credit.domain_parallel.reshard import own, whole
 from credit.domain_parallel.slab import Slab, is_slab, line_of, name_of, refuse, rules_of, whereabouts
-from credit.domain_parallel.storage import View, once_each, stored, windows_overlap
+from credit.domain_parallel.storage import View, assign, stored, windows_overlap
 from credit.domain_parallel.whole_view import viewed
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def _give_back(target: Slab, whole: Tensor, func: Any) -> None:
         refuse(name_of(func), "it changes the shape of a field in place")
     if target.strides is not None and windows_overlap(target.shape, target.strides):
         refuse(f"{name_of(func)} on windows that overlap", "torch leaves open what comes of it")
-    once_each(target.local, like=target.local).copy_(once_each(own(whole, target.cut, target), like=target.local))
+    assign(target.local, own(whole, target.cut, target))
     target.changed()
 
 

@@ -61,9 +61,20 @@ def replaced(x: Any, change: Any) -> Any:
 
 def tensors_in(x: Any) -> list[Tensor]:
     """The tensors among the `leaves` of `x`."""
+    found: list[Tensor] = []
+    _collect(x, found)
+    return found
+
+
+def _collect(x: Any, found: list[Tensor]) -> None:
     if isinstance(x, Tensor):
-        return [x]
-    return [one for one in leaves(x) if isinstance(one, Tensor)]
+        found.append(x)
+    elif isinstance(x, tuple | list):
+        for one in x:
+            if type(one) not in _VALUES:
+                _collect(one, found)
+    elif isinstance(x, dict):
+        _collect(tuple(x.values()), found)
 
 
 def _is_constant(x: Any) -> bool:

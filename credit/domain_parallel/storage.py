@@ -158,6 +158,11 @@ def once_each(x: Tensor, like: Tensor) -> Tensor:
     return narrowed(x, repeated(like.shape, like.stride()))
 
 
+def assign(target: Tensor, values: Tensor) -> None:
+    """Change `target`, which may repeat itself along axes, to `values` in place."""
+    once_each(target, like=target).copy_(once_each(values, like=target))
+
+
 def windows_overlap(shape: Sequence[int], strides: tuple[int, ...]) -> bool:
     """True if two entries may have one place, apart from what is repeated along an axis."""
     axes = repeated(shape, strides)

@@ -60,7 +60,11 @@ class ChannelGroup(RankGroup):
 
     def spread(self, x: Tensor) -> Tensor:
         """`x`, of which each rank will use a part: the parts of its cotangent are summed."""
-        return _on_rows(_Spread, x, self.ranks) if x.requires_grad and torch.is_grad_enabled() else x
+        if not x.requires_grad or not torch.is_grad_enabled():
+            return x
+        if x.layout is not torch.strided:
+            refuse(running(), "a sparse tensor takes part, whose gradient is not summed over ranks")
+        return _on_rows(_Spread, x, self.ranks)
 
     def as_parameter(self, mine: Tensor, dim: int) -> Tensor:
         """The tensor whose axis `dim` is cut over the ranks, of which this one has `mine`."""

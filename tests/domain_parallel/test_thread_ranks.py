@@ -132,7 +132,7 @@ def test_a_dropped_message_is_a_deadlock_that_names_both_ranks_modules(threads, 
         threads(2).run(without_a_message, number)
     assert time.monotonic() - began < 1
     zero, one = str(caught.value).split("rank 1 waits ")
-    assert "rank 0 waits for a message of rank 1, float32 [1, 2, 1, 4], in blocks.1 (DomainParallelConv2d)" in zero
+    assert "rank 0 waits for a message of rank 1, float32 [1, 2, 1, 4], in blocks.1 (Conv2d)" in zero
     assert "for the other ranks of (0, 1) in an all_gather of float32 [2, 1, 1, 1, 1], in norm (" in one
     assert "test_thread_ranks.py" in zero
     assert "return self.norm(x)" in one

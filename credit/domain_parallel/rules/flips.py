@@ -20,7 +20,7 @@ def _triangle(function: Any) -> Any:
         if input.ndim < 2:
             raise Declined
         others = ~function(torch.ones(input.shape[-2:], dtype=torch.bool, device=input.local.device), diagonal)
-        mine = own(others, input.cut - input.ndim, input) if input.cut >= input.ndim - 2 else others
+        mine = own(others, input.cut + 2 - input.ndim, input) if input.cut >= input.ndim - 2 else others
         return input.like(input.local.masked_fill(mine, 0))
 
     return rule_

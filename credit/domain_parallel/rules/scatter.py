@@ -20,6 +20,7 @@ from credit.domain_parallel.rules.along import back
 from credit.domain_parallel.rules.pointwise import lead
 from credit.domain_parallel.rules.reductions import axis_of
 from credit.domain_parallel.slab import Declined, Slab, is_slab, register_rule, rule, torch_functions
+from credit.domain_parallel.storage import assign, windows_overlap
 
 
 def beside(
@@ -106,7 +107,10 @@ def _indexed(func: Any) -> Any:
         if not changes:
             return beside(local, operands, (axis,))
         if is_slab(target):
-            target.local.copy_(cut_along(beside(local, operands, (axis,)), target.cut, target))
+            if target.strides is not None and windows_overlap(target.shape, target.strides):
+                raise Declined
+            operands[0] = target.like(target.local.clone())  # which the backward may need as it was
+            assign(target.local, cut_along(beside(local, operands, (axis,)), target.cut, target))
             return target
         if name not in _ADDING or not is_slab(operands[-1]) or operands[-1].cut != axis:
             raise Declined
