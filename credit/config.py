@@ -321,6 +321,8 @@ class Trainer(_Block):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient of one step."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose gradient is not finite: stop before the weights are touched, or go on without it."""
     amp: Literal["none", "bf16"] = "none"
     dtype: Literal["float32", "float64"] = "float32"
     seed: int = 0

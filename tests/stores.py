@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from credit.data.statistics import Statistics
+from credit.data.statistics import Statistics, origin_of
 from credit.data.store import FieldStore, stored_names
 
 GRID = (13, 16)
@@ -67,10 +67,12 @@ def write_empty(path: Path, data: Any, grid: tuple[int, int]) -> None:
         shape = tuple(len(axes[dim][0]) for dim in dims)
         chunks = (1, *shape[1:]) if dims[0] == "time" else shape
         group.create_array(name, shape=shape, chunks=chunks, dtype="float32", dimension_names=dims)
-    names = [channel.name for channel in FieldStore(path).channels(data.variables, data.levels)]
+    made = FieldStore(path)
+    names = [channel.name for channel in made.channels(data.variables, data.levels)]
     ones = dict.fromkeys([*names, *stored_names([*data.statics, *data.forcings])], 1.0)
     climatology = xr.DataArray(np.zeros((1, 1, 1), np.float32), dims=("c", "y", "x"))
-    Statistics(ones, ones, dict.fromkeys(names, 1.0), climatology).save(path.with_suffix(".nc"))
+    increments, origin = dict.fromkeys(names, 1.0), origin_of(data, made.grid)
+    Statistics(ones, ones, increments, climatology, origin).save(path.with_suffix(".nc"))
 
 
 def conf(run: Path, store: Path, **trainer: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from credit.config import Config
-from credit.data.statistics import Statistics, compute_statistics
+from credit.data.statistics import Statistics, compute_statistics, origin_of
 from credit.data.store import FieldStore, stored_names
 
 SAMPLES = {"era5-sample": Path(__file__).parent / "sample" / "era5_1deg.nc"}
@@ -51,8 +51,9 @@ def write_statistics(config: Config) -> Statistics:
 def load_fields_statistics(config: Config, store: FieldStore) -> Statistics:
     """The statistics of every channel that the config reads."""
     data = config.data
-    names = [channel.name for channel in store.channels(data.variables, data.levels)]
-    return Statistics.load(config.stats_path, [*names, *stored_names([*data.forcings, *data.statics])])
+    predicted = [channel.name for channel in store.channels(data.variables, data.levels)]
+    others = [channel.name for channel in store.channels(stored_names([*data.forcings, *data.statics]))]
+    return Statistics.load(config.stats_path, predicted, others, origin_of(config.data, store.grid))
 
 
 def printer(what: str) -> Callable[[int, int], None]:

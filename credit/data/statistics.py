@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from credit.config import Config
+from credit.config import Config, Data
+from credit.data.grid import Grid
 from credit.data.store import Channel, FieldStore, stored_names
 from credit.errors import DataError
 
@@ -23,12 +27,20 @@ class Statistics:
         mean, std: of every channel that is read, by name.
         increment_std: root mean square of x(t + step) - x(t), of the predicted channels.
         climatology: mean over the training times, float32, (channel, latitude, longitude), of the predicted ones.
+        origin: what they are of, see `origin_of`.
     """
 
     mean: dict[str, float]
     std: dict[str, float]
     increment_std: dict[str, float]
     climatology: xr.DataArray
+    origin: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Of all the numbers that training uses."""
+        numbers = json.dumps([self.mean, self.std, self.increment_std], sort_keys=True)
+        return hashlib.blake2b(numbers.encode(), digest_size=8).hexdigest()
 
     def arrays(self, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(mean, std) of some channels, float64."""
@@ -44,6 +56,7 @@ class Statistics:
                 "climatology": self.climatology,
             },
             coords={"channel": list(self.mean), "predicted": predicted},
+            attrs={"origin": json.dumps(self.origin)},
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -51,11 +64,12 @@ class Statistics:
         partial.rename(path)
 
     @classmethod
-    def load(cls, path: Path, channels: list[str]) -> Statistics:
-        """Read what `save` wrote, for a config with these channels.
+    def load(cls, path: Path, predicted: list[str], others: list[str], origin: dict[str, str]) -> Statistics:
+        """Read what `save` wrote, for these channels.
 
         Raises:
-            DataError: if the file is missing, damaged, or lacks a channel.
+            DataError: if the file is missing or damaged, is of something else than `origin`, or has no usable number
+                for a channel.
         """
         remedy = "run `credit data stats CONFIG`"
         if not path.exists():
@@ -67,12 +81,38 @@ class Statistics:
                 dict(zip(loaded[axis].values.tolist(), loaded[name].values.tolist(), strict=True))
                 for name, axis in (("mean", "channel"), ("std", "channel"), ("increment_std", "predicted"))
             )
-        except (OSError, KeyError) as error:
+            found = json.loads(loaded.attrs["origin"])
+        except (OSError, KeyError, ValueError) as error:
             raise DataError(f"{path} cannot be read as statistics ({error}): {remedy}") from None
-        missing = [name for name in channels if name not in mean]
+        other = [f"{key} {found.get(key)}, not {value}" for key, value in origin.items() if found.get(key) != value]
+        if other:
+            raise DataError(f"the statistics {path} are of {'; '.join(other)}: {remedy}, or name others in data.stats")
+        missing = [name for name in (*predicted, *others) if name not in mean or name not in std]
+        missing += [name for name in predicted if name not in increment_std]
         if missing:
             raise DataError(f"{path} has no statistics of {', '.join(missing)}: {remedy}")
-        return cls(mean, std, increment_std, loaded["climatology"])
+        unusable = [f"mean of {name} {mean[name]}" for name in (*predicted, *others) if not math.isfinite(mean[name])]
+        for what, values, names in (("std", std, [*predicted, *others]), ("increment_std", increment_std, predicted)):
+            unusable += [f"{what} of {name} {values[name]}" for name in names if not 0 < values[name] < math.inf]
+        if unusable:
+            raise DataError(f"{path} cannot be used, {', '.join(unusable)}: {remedy}")
+        return cls(mean, std, increment_std, loaded["climatology"], found)
+
+    def climatology_of(self, predicted: list[str], grid: Grid) -> np.ndarray:
+        """(channel, latitude, longitude) of these channels, in their order and the grid's."""
+        places = {"predicted": predicted, "latitude": grid.latitude, "longitude": grid.longitude}
+        return self.climatology.sel(places).values
+
+
+def origin_of(data: Data, grid: Grid) -> dict[str, str]:
+    """What statistics depend on beside the fields: keys of the config, and the grid in any order."""
+    places = [np.sort(axis.astype(np.float64)).round(4).tolist() for axis in (grid.latitude, grid.longitude)]
+    return {
+        "data.step": f"{data.step_hours} h",
+        "data.train": " to ".join(map(str, data.train)),
+        "data.gaps": data.gaps,
+        "grid": hashlib.blake2b(json.dumps(places).encode(), digest_size=4).hexdigest(),
+    }
 
 
 def compute_statistics(config: Config, store: FieldStore, progress: Callable[[int, int], None]) -> Statistics:
@@ -125,4 +165,5 @@ def compute_statistics(config: Config, store: FieldStore, progress: Callable[[in
             dims=("predicted", "latitude", "longitude"),
             coords={"latitude": store.grid.latitude, "longitude": store.grid.longitude},
         ),
+        origin_of(config.data, store.grid),
     )

@@ -163,11 +163,12 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float | None) 
     Returns:
         The norm before, as a scalar, the same on all ranks.
     """
+    parameters = [*parameters]
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     by_copies: dict[int, list[Tensor]] = {}
     for grad in grads:
         by_copies.setdefault(copies(grad), []).append(local(grad))
-    device = local(grads[0]).device
+    device = local(parameters[0]).device if parameters else torch.device("cpu")
     squares = torch.zeros((), dtype=torch.float64, device=device)
     for shared_by, mine in by_copies.items():
         norms = torch.stack(torch._foreach_norm(mine))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -56,15 +57,35 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: dict) -> nn.
     blocks = fsdp_blocks(model)
     if trainer.get("activation_checkpointing"):
         recompute_activations(blocks)
+    whole, shared = _kept_whole(model), _shared(blocks)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP2 takes no others
     for block in reversed(blocks):  # those within others first
-        fully_shard(block, mesh=dp_mesh, mp_policy=MixedPrecisionPolicy(**bf16), reshard_after_forward=reshard)
+        fully_shard(
+            block,
+            mesh=dp_mesh,
+            mp_policy=MixedPrecisionPolicy(**bf16),
+            reshard_after_forward=reshard,
+            ignored_params=whole | shared,
+        )
         show_rows_to_hooks(block)
     # Only the whole model answers in float32: a block's output is the next block's bfloat16 input.
     output: dict[str, Any] = {"output_dtype": torch.float32} if bf16 else {}
-    fully_shard(model, mesh=dp_mesh, mp_policy=MixedPrecisionPolicy(**bf16, **output))
+    fully_shard(model, mesh=dp_mesh, mp_policy=MixedPrecisionPolicy(**bf16, **output), ignored_params=whole)
     for i, block in enumerate(blocks if trainer.get("prefetch") else ()):
         cast(FSDPModule, block).set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + trainer["prefetch"]])  # type: ignore[arg-type]
     return model
+
+
+def _kept_whole(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters without an axis to shard: every rank has them, and `reduce_gradients` averages their gradients."""
+    return {parameter for parameter in model.parameters() if parameter.ndim == 0}
+
+
+def _shared(blocks: Sequence[nn.Module]) -> set[nn.Parameter]:
+    """Parameters of several blocks, none within another: sharded with the whole model, whose forward gathers them."""
+    users = Counter(parameter for block in _outermost(blocks) for parameter in block.parameters())
+    return {parameter for parameter, number in users.items() if number > 1}
 
 
 def fsdp_blocks(model: nn.Module) -> list[nn.Module]:

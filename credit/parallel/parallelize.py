@@ -82,13 +82,32 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh | None, conf: dict) -> N
     """
     data = parse_parallelism_conf(conf)["data"]
     averaged = gradient_mesh(mesh)
-    if averaged is None or mesh is None or isinstance(model, nn.parallel.DistributedDataParallel):
+    if averaged is None or mesh is None:
+        return
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        _refuse_unused(model)
         return
     done = _fsdp_mesh(mesh, conf.get("trainer") or {}) if data == "fsdp2" else None
     if done is None:
         allreduce_grads_avg(model.parameters(), averaged.get_group())
-    elif done.size() < averaged.size():
-        allreduce_grads_avg(model.parameters(), mesh["domain"].get_group())
+        return
+    if done.size() < averaged.size():
+        allreduce_grads_avg((p for p in model.parameters() if isinstance(p, DTensor)), mesh["domain"].get_group())
+    allreduce_grads_avg((p for p in model.parameters() if not isinstance(p, DTensor)), averaged.get_group())
+
+
+def _refuse_unused(model: nn.parallel.DistributedDataParallel) -> None:
+    """DDP waits for the gradient of every parameter, and says so at the next step only.
+
+    Raises:
+        ConfigError: naming the parameters of which this step made no gradient, the same on all ranks.
+    """
+    unused = [name for name, p in model.module.named_parameters() if p.requires_grad and p.grad is None]
+    if unused:
+        raise ConfigError(
+            f"{', '.join(unused[:3])}{' and others' if len(unused) > 3 else ''}: the forward does not use these "
+            f"parameters, and data: ddp waits for their gradients. Give them requires_grad=False, or take data: fsdp2"
+        )
 
 
 def _fsdp_mesh(mesh: DeviceMesh | None, trainer: dict) -> DeviceMesh | None:

@@ -21,6 +21,6 @@ def export(job: Job, path: Path) -> None:
     with together("opening the data"):
         fields = Fields(job.config, store, statistics, job.rows(store.grid.shape[0]))
     model = prepare_model(job, fields)
-    newest = load_newest(job, model)
+    newest = load_newest(job, model, statistics)
     export_plain(model, path)
     job.say(f"{newest} -> {path}")

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 import credit
 from credit.data.dataset import Fields
 from credit.data.sampler import DataParallelSampler
+from credit.data.statistics import Statistics
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, Window, make_plan
 from credit.errors import CheckpointError
 from credit.launch.job import Job
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
 from credit.parallel.collectives import together, wait_for_all
-from credit.training.facts import refuse_other_run, run_facts
+from credit.training.facts import OF_TRAINING, refuse_other_run, run_facts
 from credit.training.log import Progress
 from credit.training.noise import Noise
 from credit.training.setup import open_store, prepare_model
@@ -78,7 +79,7 @@ def forecast(job: Job) -> Path:
         starts = store.starts(config.data.test, config.data.step_hours, steps, config.data.gaps)
         starts = starts[:: config.forecast.every]
     model = prepare_model(job, fields).eval()
-    newest = load_newest(job, model)
+    newest = load_newest(job, model, statistics)
     path = forecast_path(config.run)
     partial = path.with_name(f".{path.name}.partial")
     chunk = Chunk(store.grid.shape[0], job)
@@ -133,14 +134,14 @@ class Chunk:
         return exchange(state, self._plan, -2, self._group)[..., : len(self.rows), :]
 
 
-def load_newest(job: Job, model: nn.Module) -> Path:
+def load_newest(job: Job, model: nn.Module, statistics: Statistics) -> Path:
     """Read the weights of the newest good checkpoint of the config's run, averaged ones if there are; its path."""
     directory = job.config.run / "checkpoints"
     newest = newest_good_checkpoint(directory, job.say)
     if newest is None:
         raise CheckpointError(f"there is no checkpoint in {directory}: run `credit train` first")
     path, facts = newest
-    refuse_other_run(facts, run_facts(job.config))
+    refuse_other_run(facts, run_facts(job.config, statistics), but=OF_TRAINING)
     Checkpointer(directory, model).load(path, averaged=True)
     return path
 

@@ -160,7 +160,8 @@ def score(config: Config, rank: int = 0, ranks: int = 1) -> Scores:
             raise DataError(f"there is no forecast at {path}: run `credit forecast` first")
         store = FieldStore(store_path(config))
         channels = store.channels(config.data.variables, config.data.levels)
-        climatology = load_fields_statistics(config, store).climatology.values
+        names = [channel.name for channel in channels]
+        climatology = load_fields_statistics(config, store).climatology_of(names, store.grid)
         with xr.open_zarr(path, chunks=None, consolidated=False) as forecasts:
             leads, members = forecasts["lead_time"].values, forecasts.sizes.get("number", 1)
             sums = Sums.zero(len(leads), len(channels), store.grid.shape[1])

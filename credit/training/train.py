@@ -23,7 +23,8 @@ from credit.launch.contract import enforce_sampler_contract
 from credit.launch.job import Job
 from credit.launch.stop import StopRequest
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
-from credit.parallel.collectives import clip_grad_norm_, together
+from credit.parallel.collectives import clip_grad_norm_, gather_objects, local, together
+from credit.parallel.domain import get_raw_model
 from credit.parallel.ema import EMA
 from credit.parallel.fsdp2 import synchronize_gradients
 from credit.parallel.parallelize import reduce_gradients
@@ -36,6 +37,9 @@ from credit.training.noise import Noise
 from credit.training.profile import Profile
 from credit.training.rollout import changes
 from credit.training.setup import open_store, prepare_model
+
+MAX_SKIPPED = 10
+"""Steps in a row whose gradients are not finite: more are no accident."""
 
 FIELDS = ("x", "y", "forcings")
 """Entries of a batch that are computed with."""
@@ -100,12 +104,13 @@ class TrainingRun:
         self.steps_per_epoch = self.samplers["train"].batches
         self.steps = self.trainer.epochs * self.steps_per_epoch
         self.saved = 0  # the newest checkpoint's step
+        self.skipped = 0  # steps in a row
         self.checkpoints = Checkpointer(
             job.config.run / "checkpoints",
             self.model,
             self.optimizer,
             self.ema,
-            run_facts(job.config),
+            run_facts(job.config, statistics),
             in_background=self.trainer.checkpoint_async,
         )
 
@@ -148,6 +153,9 @@ class TrainingRun:
         reduce_gradients(self.model, self.job.mesh, self.conf)
         norm = clip_grad_norm_(self.model.parameters(), self.trainer.clip)
         rate = learning_rate(step, self.steps, self.trainer)
+        if not self._is_usable(norm, step):
+            self.optimizer.zero_grad()
+            return share, norm, rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -155,6 +163,32 @@ class TrainingRun:
         if self.ema is not None:
             self.ema.update()
         return share, norm, rate
+
+    def _is_usable(self, norm: Tensor, step: int) -> bool:
+        """False if the step is to be skipped. The norm is every rank's.
+
+        Raises:
+            CreditError: if it is not finite, before the weights are touched.
+        """
+        if math.isfinite(norm):
+            self.skipped = 0
+            return True
+        self.skipped += 1
+        if self.trainer.nonfinite == "skip" and self.skipped <= MAX_SKIPPED:
+            self.job.say(f"step {step + 1} is skipped: the norm of its gradient is {float(norm)}")
+            return False
+        raise CreditError(
+            f"the norm of the gradient is {float(norm)} at step {step + 1}{self._not_finite()}, and did not "
+            f"change the weights; {self.checkpoints.directory} holds the steps before. Lower trainer.learning_rate, "
+            f"look for a square root or a division that meets zero, or set trainer.nonfinite: skip"
+        )
+
+    def _not_finite(self) -> str:
+        """The parameters whose gradients are not finite on some rank, the first of them."""
+        named = get_raw_model(self.model).named_parameters()
+        mine = [name for name, p in named if p.grad is not None and not bool(local(p.grad).isfinite().all())]
+        found = [*dict.fromkeys(name for names in gather_objects(mine) for name in names)]
+        return f", of {', '.join(found[:3])}{' and others' if len(found) > 3 else ''}" if found else ""
 
     def _backward(self, batch: dict[str, Tensor], step: int) -> Tensor:
         """Gradients on this rank, one part of the batch after another; its share of the mean loss, float64.
@@ -264,7 +298,7 @@ class TrainingRun:
             trained.losses.append(loss)
             trained.gradient_norms.append(float(norm))
             log.step(step, epoch + 1, loss, float(norm), rate, self.trainer.batch_size, seconds, batches.waited)
-            if not math.isfinite(loss):
+            if not math.isfinite(loss) and not self.skipped:
                 raise CreditError(
                     f"the loss is {loss} at step {step}: lower trainer.learning_rate, or set trainer.clip; "
                     f"{self.checkpoints.directory} holds the steps before"
