@@ -90,7 +90,7 @@ class Statistics:
         missing = [name for name in (*predicted, *others) if name not in mean or name not in std]
         missing += [name for name in predicted if name not in increment_std]
         if missing:
-            raise DataError(f"{path} has no statistics of {', '.join(missing)}: {remedy}")
+            raise DataError(f"{path} has no statistics of {', '.join(dict.fromkeys(missing))}: {remedy}")
         unusable = [f"mean of {name} {mean[name]}" for name in (*predicted, *others) if not math.isfinite(mean[name])]
         for what, values, names in (("std", std, [*predicted, *others]), ("increment_std", increment_std, predicted)):
             unusable += [f"{what} of {name} {values[name]}" for name in names if not 0 < values[name] < math.inf]

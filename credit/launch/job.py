@@ -55,6 +55,11 @@ class Job:
         """True on the one rank that prints and writes logs."""
         return self.ranks.rank == 0
 
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        """The ranks with other samples and the same rows and channels; None where there is one replica."""
+        return self.mesh["dp"].get_group() if self.mesh is not None and self.shape.dp > 1 else None
+
     def say(self, text: str) -> None:
         if self.is_first:
             print(text, flush=True)

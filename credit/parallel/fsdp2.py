@@ -145,9 +145,15 @@ class _Buffers:
             buffer.data = value
 
 
-def apply_ddp(model: nn.Module, dp_mesh: DeviceMesh) -> nn.Module:
-    """Replicate the model over `dp_mesh`; rank 0's weights are sent to all, gradients are averaged."""
-    return DistributedDataParallel(model, process_group=dp_mesh.get_group())
+def apply_ddp(model: nn.Module, dp_mesh: DeviceMesh, unused: Sequence[str] = ()) -> nn.Module:
+    """Replicate the model over `dp_mesh`; rank 0's weights are sent to all, gradients are averaged.
+
+    Args:
+        unused: parameters that get no gradient, by name; DDP would wait for them.
+    """
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(unused))
+    # Buffers are not sent before each forward: rank 0's alone would count in a mean over samples.
+    return DistributedDataParallel(model, process_group=dp_mesh.get_group(), broadcast_buffers=False)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -43,15 +43,35 @@ def parallelize(
         manager: of the mesh's domain group; made from the mesh if None.
         custom_converters: for `convert_to_domain_parallel`.
     """
-    parallelism, trainer = parse_parallelism_conf(conf), conf.get("trainer") or {}
-    names = (mesh.mesh_dim_names or ()) if mesh is not None else ()
-    if mesh is not None and "tp" in names:
+    return replicate(cut(model, mesh, conf, manager, custom_converters), mesh, conf)
+
+
+def cut(
+    model: nn.Module,
+    mesh: DeviceMesh | None,
+    conf: dict,
+    manager: DomainParallelManager | None = None,
+    custom_converters: Mapping[Any, Converter] | None = None,
+) -> nn.Module:
+    """The first half of `parallelize`: channels over tp, rows over domain."""
+    trainer = conf.get("trainer") or {}
+    if mesh is not None and "tp" in (mesh.mesh_dim_names or ()):
         model = apply_tensor_parallel(model, mesh["tp"])
     manager = manager or DomainParallelManager.from_mesh(mesh)
     fallback = trainer.get("fallback", "gather")
     model = convert_to_domain_parallel(model, manager, custom_converters=custom_converters, fallback=fallback)
-    if "dp" in names:
+    if mesh is not None and "dp" in (mesh.mesh_dim_names or ()):
         _refuse_batch_norm(model)
+    return model
+
+
+def replicate(model: nn.Module, mesh: DeviceMesh | None, conf: dict, unused: Sequence[str] = ()) -> nn.Module:
+    """The second half of `parallelize`: samples over dp.
+
+    Args:
+        unused: parameters that get no gradient, by name; DDP does not wait for them.
+    """
+    parallelism, trainer = parse_parallelism_conf(conf), conf.get("trainer") or {}
     if trainer.get("compile"):
         compile_blocks(model)
     over = _fsdp_mesh(mesh, trainer)
@@ -61,7 +81,7 @@ def parallelize(
         recompute_activations(fsdp_blocks(model))
     averaged = gradient_mesh(mesh)
     if parallelism["data"] == "ddp" and averaged is not None and not _is_cut(model):
-        return apply_ddp(model, averaged)
+        return apply_ddp(model, averaged, unused)
     return model
 
 
@@ -102,11 +122,12 @@ def _refuse_unused(model: nn.parallel.DistributedDataParallel) -> None:
     Raises:
         ConfigError: naming the parameters of which this step made no gradient, the same on all ranks.
     """
-    unused = [name for name, p in model.module.named_parameters() if p.requires_grad and p.grad is None]
+    named = ((name, p) for name, p in model.module.named_parameters() if name not in model.parameters_to_ignore)
+    unused = [name for name, p in named if p.requires_grad and p.grad is None]
     if unused:
         raise ConfigError(
-            f"{', '.join(unused[:3])}{' and others' if len(unused) > 3 else ''}: the forward does not use these "
-            f"parameters, and data: ddp waits for their gradients. Give them requires_grad=False, or take data: fsdp2"
+            f"{', '.join(unused[:3])}{' and others' if len(unused) > 3 else ''}: this step did not use these "
+            f"parameters, as the first look at the model did, and data: ddp waits for their gradients: take data: fsdp2"
         )
 
 

@@ -19,7 +19,8 @@ from credit.launch.job import Job
 from credit.models import DOMAIN_CONVERTERS, build_model
 from credit.parallel.checkpoint import load_plain
 from credit.parallel.collectives import gather_objects, together
-from credit.parallel.parallelize import parallelize
+from credit.parallel.look import Look, look_at
+from credit.parallel.parallelize import cut, replicate
 
 
 def open_store(job: Job) -> tuple[FieldStore, Statistics]:
@@ -45,6 +46,36 @@ def prepare_model(job: Job, fields: Fields) -> nn.Module:
     Raises:
         CreditError: on every rank, if the initial weights differ between ranks.
     """
+    return replicate(_cut_model(job, fields), job.mesh, job.config.to_dict())
+
+
+def prepare_training(job: Job, fields: Fields) -> tuple[nn.Module, Look]:
+    """`prepare_model`, and what was seen of the model before it was replicated.
+
+    Raises:
+        ConfigError: on every rank, if its numbers would depend on how a batch is shared out.
+    """
+    trainer = job.config.trainer
+    model, dtype = _cut_model(job, fields), getattr(torch, trainer.dtype)
+    generator = torch.Generator().manual_seed(trainer.seed)
+    shape = (2, fields.input_channels, *fields.store.grid.shape)
+    two = torch.randn(shape, generator=generator)[..., fields.rows.start : fields.rows.stop, :].to(job.device, dtype)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=trainer.amp == "bf16"):
+            return model(x)
+
+    with together("looking at the model"):
+        look = look_at(model, forward, two, is_shared_out=job.shape.dp > 1 or trainer.accumulate > 1)
+        if trainer.compile and look.draws:
+            raise ConfigError(
+                "trainer.compile: what the model draws (dropout, stochastic depth) cannot be drawn sample by sample in "
+                "compiled blocks: leave it out"
+            )
+    return replicate(model, job.mesh, job.config.to_dict(), look.unused), look
+
+
+def _cut_model(job: Job, fields: Fields) -> nn.Module:
     config = job.config
     torch.manual_seed(config.trainer.seed)
     with together("building the model"):
@@ -60,7 +91,7 @@ def prepare_model(job: Job, fields: Fields) -> nn.Module:
         with together("reading trainer.init_from"):
             load_plain(model, Path(config.trainer.init_from))
     _refuse_unequal_weights(model)
-    return parallelize(model, job.mesh, config.to_dict(), job.manager, DOMAIN_CONVERTERS)
+    return cut(model, job.mesh, config.to_dict(), job.manager, DOMAIN_CONVERTERS)
 
 
 def _refuse_unequal_weights(model: nn.Module) -> None:

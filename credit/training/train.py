@@ -27,6 +27,7 @@ from credit.parallel.collectives import clip_grad_norm_, gather_objects, local, 
 from credit.parallel.domain import get_raw_model
 from credit.parallel.ema import EMA
 from credit.parallel.fsdp2 import synchronize_gradients
+from credit.parallel.look import StepBuffers
 from credit.parallel.parallelize import reduce_gradients
 from credit.status import claimed, write_status
 from credit.training.batches import AgreedBatches
@@ -36,7 +37,7 @@ from credit.training.loss import LatitudeWeightedLoss
 from credit.training.noise import Noise
 from credit.training.profile import Profile
 from credit.training.rollout import changes
-from credit.training.setup import open_store, prepare_model
+from credit.training.setup import open_store, prepare_training
 
 MAX_SKIPPED = 10
 """Steps in a row whose gradients are not finite: more are no accident."""
@@ -93,7 +94,7 @@ class TrainingRun:
             )
             for period, dataset in datasets.items()
         }
-        self.model = prepare_model(job, self.fields)
+        self.model, self.look = prepare_training(job, self.fields)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=self.trainer.learning_rate, weight_decay=self.trainer.weight_decay
         )
@@ -133,22 +134,19 @@ class TrainingRun:
         Args:
             draw: a number; another one gives the members of an ensemble other noise.
         """
-        samples, members = batch["sample"].tolist(), self.trainer.loss.ensemble
+        members = self.trainer.loss.ensemble
         batch = {name: value.to(self.job.device, non_blocking=True) for name, value in batch.items()}
         fields = {name: value.to(self.dtype) for name, value in batch.items() if name in FIELDS}
         targets, noise = fields["y"].unbind(1), None
         if members > 1:
             fields = {name: value.repeat_interleave(members, dim=0) for name, value in fields.items()}
-            each = [(draw, sample, member) for sample in samples for member in range(members)]
-            noise = partial(self.noise, each)
+            noise = partial(self.noise, [(draw, *one) for one in self._members_of(batch)])
         steps = changes(self.predict, fields, self.increment_std, self.trainer.rollout_detach, noise)
         for change, target in zip(steps, targets, strict=True):
             yield self.loss(change, target, batch["weight"]) / self.trainer.rollout
 
     def train_step(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor, float]:
         """One optimiser step; (this rank's share of the global mean loss, gradient norm, learning rate)."""
-        # Random numbers are a function of the step, so that a resumed run draws what an uninterrupted one does.
-        torch.manual_seed(hash((self.trainer.seed, step, self.job.coords.dp)) % 2**63)
         share = self._backward(batch, step)
         reduce_gradients(self.model, self.job.mesh, self.conf)
         norm = clip_grad_norm_(self.model.parameters(), self.trainer.clip)
@@ -201,16 +199,28 @@ class TrainingRun:
         share = torch.zeros((), dtype=torch.float64, device=self.job.device)
         at_once = 1 if self.trainer.rollout_detach else self.trainer.rollout
         parts, stages = self.trainer.accumulate, self.trainer.rollout // at_once
+        buffers = StepBuffers(get_raw_model(self.model), self.look, self.job.replicas)
         for part in range(parts):
             size = len(batch["weight"]) // parts
             piece = {name: value[part * size : (part + 1) * size] for name, value in batch.items()}
+            # Each part begins as the whole batch does: with the step's random numbers, and the buffers as they were.
+            torch.manual_seed(hash((self.trainer.seed, step)) % 2**63)
+            buffers.begin_part()
             losses = self.shares_of_loss(piece, draw=1 + step)
-            for stage in range(stages):
-                with synchronize_gradients(self.model, last=(part, stage) == (parts - 1, stages - 1)):
-                    loss = torch.stack(list(islice(losses, at_once))).sum() / self.trainer.batch_size
-                    (loss * ranks).backward()  # averaged over `ranks`, the gradients are those of the global mean
-                share += loss.detach()
+            with self.look.sampled(self._members_of(piece)):
+                for stage in range(stages):
+                    with synchronize_gradients(self.model, last=(part, stage) == (parts - 1, stages - 1)):
+                        loss = torch.stack(list(islice(losses, at_once))).sum() / self.trainer.batch_size
+                        (loss * ranks).backward()  # averaged over `ranks`, gradients are those of the global mean
+                    share += loss.detach()
+            buffers.end_part()
+        buffers.end_step(parts)
         return share / self.job.shape.tp
+
+    def _members_of(self, batch: dict[str, Tensor]) -> list[tuple[int, int]]:
+        """(sample, member) of each state that the model is given of a batch."""
+        members = range(self.trainer.loss.ensemble)
+        return [(sample, member) for sample in batch["sample"].tolist() for member in members]
 
     @torch.no_grad()
     def validate(self) -> float:

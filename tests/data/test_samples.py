@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from credit.config import parse_config
 from credit.data.dataset import Fields, StepDataset
-from credit.data.prepare import store_path, write_statistics
+from credit.data.prepare import load_fields_statistics, store_path, write_statistics
 from credit.data.sampler import DataParallelSampler, Draw
+from credit.data.statistics import Statistics, origin_of
 from credit.data.store import FieldStore
 from credit.domain_parallel.partition import Partition
 from credit.errors import ConfigError, DataError
@@ -123,13 +125,53 @@ def test_a_sample_is_the_normalised_state_and_its_change(config) -> None:
 
 
 def test_statistics_that_are_missing_or_of_other_channels_are_refused(config) -> None:
-    from credit.data.statistics import Statistics
-
+    origin = origin_of(config.data, FieldStore(store_path(config)).grid)
     with pytest.raises(DataError, match=r"no statistics of q: run `credit data stats CONFIG`"):
-        Statistics.load(config.stats_path, ["a", "q"])
+        Statistics.load(config.stats_path, ["a", "q"], [], origin)
     config.stats_path.write_bytes(b"")
     with pytest.raises(DataError, match="cannot be read as statistics"):
-        Statistics.load(config.stats_path, ["a"])
+        Statistics.load(config.stats_path, ["a"], [], origin)
     config.stats_path.unlink()
     with pytest.raises(DataError, match="there are no statistics at"):
-        Statistics.load(config.stats_path, ["a"])
+        Statistics.load(config.stats_path, ["a"], [], origin)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"step": "12h"},
+            r"are of data.step 6 h, not 12 h: run `credit data stats CONFIG`, or name others in data.stats",
+        ),
+        ({"train": ["2020-01-01", "2020-01-05"]}, "are of data.train 2020-01-01 00:00:00 to "),
+        ({"gaps": "skip"}, "are of data.gaps refuse, not skip"),
+    ],
+)
+def test_statistics_of_something_else_are_refused(config, change, said) -> None:
+    raw = config.to_dict()
+    other = parse_config({**raw, "data": {**raw["data"], **change}, "forecast": {"lead": "24h"}})
+    with pytest.raises(DataError, match=said):
+        load_fields_statistics(other, FieldStore(store_path(other)))
+
+
+def test_statistics_of_another_grid_or_without_a_usable_number_are_refused(config) -> None:
+    store = FieldStore(store_path(config))
+    statistics = load_fields_statistics(config, store)
+    replace(statistics, origin={**statistics.origin, "grid": "of others"}).save(config.stats_path)
+    with pytest.raises(DataError, match="are of grid of others, not "):
+        load_fields_statistics(config, store)
+    replace(statistics, std={**statistics.std, "a": float("nan")}).save(config.stats_path)
+    with pytest.raises(DataError, match=r"cannot be used, std of a nan: run"):
+        load_fields_statistics(config, store)
+
+
+def test_the_climatology_is_found_by_name_and_place(config) -> None:
+    store = FieldStore(store_path(config))
+    statistics = load_fields_statistics(config, store)
+    names = [channel.name for channel in store.channels(config.data.variables, config.data.levels)]
+    turned = replace(statistics, climatology=statistics.climatology.isel(latitude=slice(None, None, -1)))
+    turned.save(config.stats_path)
+    found = load_fields_statistics(config, store)
+    np.testing.assert_array_equal(
+        found.climatology_of(names[::-1], store.grid), statistics.climatology_of(names, store.grid)[::-1]
+    )

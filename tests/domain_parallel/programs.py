@@ -253,6 +253,7 @@ def program(seed: int) -> tuple[Program, Tensor]:
     while len(made.steps) < length:
         kind = draw.choice([PURE, VIEWS, IN_PLACE])
         name = draw.choice([*kind])
+        torch.manual_seed(seed)  # or what it draws could be empty the next time
         values = _run(made, x)
         step = Step(name, draw.randrange(len(values)), draw.randrange(len(values)), _drawn(draw))
         if draw.random() < 0.6:  # further steps rather follow on what was made last
