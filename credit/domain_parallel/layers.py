@@ -62,6 +62,8 @@ class DomainParallelLayer(nn.Module):
     kernel_size: tuple[int, ...]
 
     def __new__(cls, module: Any = None, *args: Any, **kwargs: Any) -> DomainParallelLayer:
+        # By its name, which is that of the first parameter of `__init__`: conv=, norm=.
+        module = next((given for given in (module, *kwargs.values()) if isinstance(given, nn.Module)), module)
         if not isinstance(module, nn.Module) or hasattr(cls, "_plain"):
             return object.__new__(cls)
         self: DomainParallelLayer = object.__new__(_combined(cls, type(module)))
@@ -205,6 +207,9 @@ class DomainParallelConv2d(_DomainParallelConv):
         DomainParallelError: on every rank, if the field is lower than the number of ranks.
     """
 
+    def __init__(self, conv: nn.Conv2d, shard_dim: int = -2) -> None:
+        super().__init__(conv, shard_dim)
+
 
 class DomainParallelConv3d(_DomainParallelConv):
     """`nn.Conv3d` on shards of (batch, channel, level or time, latitude, longitude). See DomainParallelConv2d."""
@@ -245,6 +250,9 @@ class DomainParallelConvTranspose2d(_DomainParallelConvTranspose):
         conv: the plain layer; weight and bias are shared with it.
         shard_dim: the sharded axis.
     """
+
+    def __init__(self, conv: nn.ConvTranspose2d, shard_dim: int = -2) -> None:
+        super().__init__(conv, shard_dim)
 
 
 class DomainParallelConvTranspose3d(_DomainParallelConvTranspose):

@@ -403,11 +403,11 @@ def whereabouts(frame: FrameType | None) -> tuple[str, str]:
     if not modules:
         return "outside of any module", place
     names = {module: name for name, module in modules[-1].named_modules()}
-    root = _written(modules[-1])
+    root = class_name(modules[-1])
     path = names.get(modules[0]) or root
-    return f"{path} ({_written(modules[0])})" if path != root else root, place
+    return f"{path} ({class_name(modules[0])})" if path != root else root, place
 
 
-def _written(module: nn.Module) -> str:
+def class_name(module: nn.Module) -> str:
     """The name of its class, as it was before the module was converted."""
     return getattr(type(module), "_plain", type(module)).__name__

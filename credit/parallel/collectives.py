@@ -81,6 +81,13 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
+def all_max(values: Tensor) -> Tensor:
+    """Elementwise maximum over all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank if `flag` is on any."""
     if not dist.is_initialized():
@@ -132,8 +139,22 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 
 
 def sync_domain_gradients(model: nn.Module, manager: DomainParallelManager | None) -> None:
-    """Average gradients across the domain group, for models that neither DDP nor FSDP2 reduces."""
-    allreduce_grads_avg(model.parameters(), manager.domain_group if manager is not None else None)
+    """Average gradients across the domain group, but those that FSDP2 has averaged over it."""
+    group = manager.domain_group if manager is not None else None
+    if group is not None:
+        members = {*dist.get_process_group_ranks(group)}
+        allreduce_grads_avg((p for p in model.parameters() if not _is_sharded_over(p, members)), group)
+
+
+def _is_sharded_over(parameter: nn.Parameter, ranks: set[int]) -> bool:
+    """True if these ranks hold different parts of it."""
+    if not isinstance(parameter, DTensor):
+        return False
+    sharded = [n for n, placement in enumerate(parameter.placements) if not placement.is_replicate()]
+    mesh = parameter.device_mesh.mesh
+    mine = [int(n) for n in (mesh == dist.get_rank()).nonzero()[0]]
+    index = tuple(slice(None) if n in sharded else place for n, place in enumerate(mine))
+    return len(ranks & {*mesh[index].flatten().tolist()}) > 1
 
 
 def copies(tensor: Tensor) -> int:
@@ -150,32 +171,51 @@ def copies(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale gradients in place so that the 2-norm of all of them, over all ranks and meshes, is at most `max_norm`.
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float | None,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """Scale gradients in place so that the norm of all of them, over all ranks and meshes, is at most `max_norm`.
 
-    torch.nn.utils.clip_grad_norm_ refuses gradients on several meshes. Here every rank adds up the squares of what it
+    torch.nn.utils.clip_grad_norm_ refuses gradients on several meshes. Here every rank adds up the powers of what it
     holds, over the number of ranks that hold the same; one scalar is summed over the world.
 
     Args:
         parameters: plain, or DTensors on any mesh; already reduced over the ranks that average gradients.
         max_norm: None leaves the gradients as they are.
+        norm_type: the order of the norm, inf among them.
 
     Returns:
-        The norm before, as a scalar, the same on all ranks.
+        The norm before, as a scalar of the gradients' type, the same on all ranks.
+
+    Raises:
+        RuntimeError: on all ranks, as torch's, if it is not finite and `error_if_nonfinite`.
     """
-    parameters = [*parameters]
+    parameters = [parameters] if isinstance(parameters, Tensor) else [*parameters]
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     by_copies: dict[int, list[Tensor]] = {}
     for grad in grads:
         by_copies.setdefault(copies(grad), []).append(local(grad))
-    device = local(parameters[0]).device if parameters else torch.device("cpu")
-    squares = torch.zeros((), dtype=torch.float64, device=device)
-    for shared_by, mine in by_copies.items():
-        norms = torch.stack(torch._foreach_norm(mine))
-        squares += norms.double().square().sum() / shared_by
-    norm = all_sum(squares).sqrt()
+    like = local(grads[0] if grads else parameters[0]) if parameters else torch.zeros(())
+    norm = _norm(by_copies, float(norm_type), like.device)
+    if error_if_nonfinite and not bool(norm.isfinite()):
+        raise RuntimeError(f"The total norm of order {norm_type} for gradients from `parameters` is non-finite")
     if max_norm is not None:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for mine in by_copies.values():
             torch._foreach_mul_(mine, scale.to(mine[0].dtype))
-    return norm
+    return norm.to(like.dtype)
+
+
+def _norm(by_copies: dict[int, list[Tensor]], order: float, device: torch.device) -> Tensor:
+    """The norm of all ranks' tensors, of which so many ranks hold the same, float64."""
+    norms = {shared: torch.stack(torch._foreach_norm(mine, order)).double() for shared, mine in by_copies.items()}
+    if order == float("inf"):
+        largest = [norm.max() for norm in norms.values()] or [torch.zeros((), dtype=torch.float64, device=device)]
+        return all_max(torch.stack(largest).max())
+    powers = torch.zeros((), dtype=torch.float64, device=device)
+    for shared, norm in norms.items():
+        powers += norm.pow(order).sum() / shared
+    return all_sum(powers).pow(1 / order)

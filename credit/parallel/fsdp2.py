@@ -8,14 +8,17 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from credit.domain_parallel.layers import become
 from credit.domain_parallel.slab import show_rows_to_hooks
+from credit.parallel.tensor_parallel import TensorParallelError
 
 BLOCKS = ("Transformer", "UpBlock", "UpBlockPS")
 """Classes, by name, whose parameters are gathered one block at a time. A model adds its own as `fsdp_blocks`."""
@@ -145,15 +148,28 @@ class _Buffers:
             buffer.data = value
 
 
-def apply_ddp(model: nn.Module, dp_mesh: DeviceMesh, unused: Sequence[str] = ()) -> nn.Module:
+def apply_ddp(model: nn.Module, dp_mesh: DeviceMesh | None, unused: Sequence[str] = ()) -> nn.Module:
     """Replicate the model over `dp_mesh`; rank 0's weights are sent to all, gradients are averaged.
 
     Args:
+        dp_mesh: 1-D; None replicates over all ranks.
         unused: parameters that get no gradient, by name; DDP would wait for them.
+
+    Raises:
+        TensorParallelError: if parts of the model are cut by channel, which DDP does not take.
     """
+    cut = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    if cut:
+        raise TensorParallelError(
+            f"{cut[0]} is cut over tensor-parallel ranks, and DDP takes no such parameters: use `parallelize`, which "
+            f"averages their gradients itself, or fsdp2"
+        )
+    if not dist.is_initialized():
+        return model
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(unused))
     # Buffers are not sent before each forward: rank 0's alone would count in a mean over samples.
-    return DistributedDataParallel(model, process_group=dp_mesh.get_group(), broadcast_buffers=False)
+    group = dp_mesh.get_group() if dp_mesh is not None else None
+    return DistributedDataParallel(model, process_group=group, broadcast_buffers=False)
 
 
 @contextmanager

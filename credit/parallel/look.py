@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from credit.domain_parallel.slab import class_name
 from credit.errors import ConfigError, CreditError
 from credit.parallel.draws import Plan, Recorded, SampleDraws
 
@@ -90,7 +91,7 @@ def look_at(model: nn.Module, forward: Forward, two: Tensor, is_shared_out: bool
             _refuse_statistics(model, [name for name in of_data if name not in means])
             if problem or not _are_same(first[0], both[0]):
                 raise ConfigError(
-                    f"{type(model).__name__} does not give a sample of a batch what it gives the sample alone"
+                    f"{class_name(model)} does not give a sample of a batch what it gives the sample alone"
                     f"{': ' + problem if problem else ', because it mixes samples or draws across them'}. So several "
                     f"replicas, or trainer.accumulate, do not give the numbers of one device: take one replica (a "
                     f"larger domain or tensor), and accumulate: 1"
@@ -124,7 +125,7 @@ def _kept(model: nn.Module) -> Iterator[None]:
     for name, a, b in zip(("numpy", "Python"), others, now, strict=True):
         if str(a) != str(b):
             raise ConfigError(
-                f"{type(model).__name__} draws from {name}'s generator in its forward, which is not the same on every "
+                f"{class_name(model)} draws from {name}'s generator in its forward, which is not the same on every "
                 f"rank, nor after a resume: draw with torch"
             )
 
@@ -182,7 +183,7 @@ def _refuse_statistics(model: nn.Module, of_data: list[str]) -> None:
 def _named(model: nn.Module, names: list[str]) -> str:
     owner = model.get_submodule(names[0].rpartition(".")[0])
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]} ({type(owner).__name__}){more}"
+    return f"{names[0]} ({class_name(owner)}){more}"
 
 
 def _unused(model: nn.Module, forward: Forward, x: Tensor, look: Look) -> tuple[str, ...]:

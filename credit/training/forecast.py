@@ -19,10 +19,10 @@ from credit.data.sampler import DataParallelSampler
 from credit.data.statistics import Statistics
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, Window, make_plan
-from credit.errors import CheckpointError
+from credit.errors import CheckpointError, CreditError
 from credit.launch.job import Job
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
-from credit.parallel.collectives import together, wait_for_all
+from credit.parallel.collectives import together
 from credit.training.facts import OF_TRAINING, refuse_other_run, run_facts
 from credit.training.log import Progress
 from credit.training.noise import Noise
@@ -91,18 +91,26 @@ def forecast(job: Job) -> Path:
     # One member a replica at a time: the last round is filled up, so that all replicas take as many.
     sampler = DataParallelSampler(len(starts) * members, job.shape.dp, job.coords.dp, job.shape.dp)
     progress = Progress(len(sampler), "forecast", job.is_first)
+    broken: str | None = None
     for ((number, weight),) in sampler:
         index, member = divmod(number, members)
         hours = int(store.times[starts[index]].astype("datetime64[h]").astype(int))
         noise = functools.partial(draw, [(hours, member)]) if config.noise_channels else None
         states = roll_out(model, fields, starts[[index]], steps, job.device, dtype, noise)
         for lead, state in enumerate(states):
+            if not bool(state.isfinite().all()) and broken is None:
+                broken = f"{store.times[starts[index]]} + {(lead + 1) * config.data.step_hours} h"
             piece = chunk.of(state)
             if weight and job.coords.tp == 0:
                 place = (index, member, lead) if members > 1 else (index, lead)
                 _write(partial, fields, place, chunk.rows, piece)
         progress.advance()
-    wait_for_all()
+    with together("completing the forecast"):
+        if broken is not None:
+            raise CreditError(
+                f"the forecast is not finite from {broken} on: {newest} may be of a training that diverged, or the "
+                f"data hold NaN there; {partial} is what there is"
+            )
     with together("completing the forecast"):
         if job.is_first:
             shutil.rmtree(path, ignore_errors=True)

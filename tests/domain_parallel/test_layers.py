@@ -10,7 +10,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from credit.domain_parallel import DomainParallelInterpolate, DomainParallelPeriodicConv2d, convert_to_domain_parallel
+from credit.domain_parallel import (
+    DomainParallelConv2d,
+    DomainParallelGroupNorm,
+    DomainParallelInterpolate,
+    DomainParallelPeriodicConv2d,
+    convert_to_domain_parallel,
+)
 from credit.models.unet_diffusion import PeriodicConv2d
 from tests.domain_parallel import parity
 from tests.domain_parallel.parity import check, on_ranks, ranks
@@ -143,3 +149,12 @@ def periodic_errors(kernel: int, stride: int, padding: int, shape: tuple[int, ..
 def test_periodic_conv_reflects_at_the_poles_only(threads, size, height, kernel, stride, padding) -> None:
     if height // stride >= size:
         check(threads(size).run(periodic_errors, kernel, stride, padding, (2, 2, height, 8)))
+
+
+def test_a_plain_layer_may_be_given_by_name() -> None:
+    """As the names of the first parameters are."""
+    conv, norm = nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(1, 2)
+    x = torch.randn(1, 2, 6, 5)
+    torch.testing.assert_close(DomainParallelConv2d(conv=conv)(x), conv(x))
+    torch.testing.assert_close(DomainParallelGroupNorm(norm=norm)(x), norm(x))
+    assert DomainParallelConv2d(conv=conv).weight is conv.weight

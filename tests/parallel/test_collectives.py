@@ -10,9 +10,21 @@ import torch.distributed as dist
 from torch import nn
 
 from credit.errors import CreditError, DataError
-from credit.parallel import collectives
+from credit.models.unet import UNet
+from credit.parallel import (
+    apply_fsdp2,
+    apply_tensor_parallel,
+    build_device_mesh,
+    collectives,
+    get_domain_manager,
+    get_raw_model,
+    shard_spatial,
+)
 from credit.parallel.collectives import sync_domain_gradients, together
+from credit.parallel.domain import apply_domain_parallel
+from credit.parallel.fsdp2 import apply_ddp
 from credit.parallel.meters import Wire
+from credit.parallel.pieces import whole
 from tests.domain_parallel import parity
 from tests.ranks import RankError
 
@@ -65,3 +77,77 @@ def test_gradients_are_averaged_over_the_domain(worlds, bucket_bytes: int, bucke
     for found, sums in worlds(2).run(averaged, bucket_bytes):
         assert found == [[1.5] * 3, [10.0] * 3, [150.0] * 3, [1500.0] * 3, [15000.0] * 2]
         assert sums == buckets
+
+
+def clipped(order: float) -> tuple[float, list[float], torch.dtype, str]:
+    """The norm of two whole gradients, their values afterwards, its type; and what none at all gives."""
+    ours = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(4))]
+    ours[0].grad, ours[1].grad = torch.arange(3.0) - 4, torch.tensor([2.0, -7.0])
+    norm = collectives.clip_grad_norm_(ours, 1.5, order)
+    none = collectives.clip_grad_norm_([nn.Parameter(torch.zeros(3))], 1.5)
+    nothing = collectives.clip_grad_norm_([], 1.5)
+    assert float(nothing) == 0
+    ours[0].grad[0] = float("nan")
+    try:
+        collectives.clip_grad_norm_(ours, 1.5, order, error_if_nonfinite=True)
+    except RuntimeError as error:
+        return float(norm), [*ours[0].grad.tolist()[1:], *ours[1].grad.tolist()], norm.dtype, f"{float(none)} {error}"
+    raise AssertionError("a norm that is not finite is no error")
+
+
+@pytest.mark.parametrize("order", [2.0, 1.0, 3.0, float("inf")])
+def test_gradients_are_clipped_as_torch_clips_them(worlds, order: float) -> None:
+    theirs = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))]
+    theirs[0].grad, theirs[1].grad = torch.arange(3.0) - 4, torch.tensor([2.0, -7.0])
+    wanted = torch.nn.utils.clip_grad_norm_(theirs, 1.5, order)
+    for norm, values, kind, said in worlds(2).run(clipped, order):
+        assert norm == pytest.approx(float(wanted), rel=1e-6)
+        assert values == pytest.approx([*theirs[0].grad.tolist()[1:], *theirs[1].grad.tolist()], rel=1e-6)
+        assert kind == wanted.dtype
+        assert said.startswith("0.0 The total norm of order ")
+
+
+def by_the_pieces(data: str) -> dict[str, list[float]]:
+    """Gradients of a model that is laid out by hand, in the order that the docstring of `credit.parallel` shows, with
+    one replica; whole."""
+    conf = {"trainer": {"parallelism": {"data": data, "tensor": 1, "domain": 2}}}
+    mesh, submeshes = build_device_mesh(conf["trainer"]["parallelism"], "cpu")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 1, 3, padding=1)).double()
+    x = torch.randn(2, 2, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model = apply_domain_parallel(model, submeshes.get("domain"))
+    manager = get_domain_manager(model)
+    model = apply_fsdp2(model, submeshes.get("dp"), conf) if data == "fsdp2" else apply_ddp(model, submeshes.get("dp"))
+    rows = shard_spatial(x, manager)
+    (2 * model(rows).square().sum()).backward()
+    sync_domain_gradients(model, manager)
+    assert mesh is not None
+    named = get_raw_model(model).named_parameters()
+    return {name: whole(p.grad).flatten().tolist() for name, p in named}
+
+
+@pytest.mark.parametrize("data", ["fsdp2", "ddp"])
+def test_the_pieces_one_by_one_give_the_gradients_of_one_device(worlds, data: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 1, 3, padding=1)).double()
+    x = torch.randn(2, 2, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model(x).square().sum().backward()
+    for found in worlds(2).run(by_the_pieces, data):
+        for name, parameter in model.named_parameters():
+            assert found[name] == pytest.approx(parameter.grad.flatten().tolist(), rel=1e-9, abs=1e-12)
+
+
+def cut_and_replicated() -> None:
+    mesh, submeshes = build_device_mesh({"data": "ddp", "tensor": 2, "domain": 1}, "cpu")
+    model = UNet(2, 2, (8, 8), width=8, levels=1)
+    block = nn.Module()
+    block.first, block.second = nn.Linear(4, 4), nn.Linear(4, 4)
+    block._tp_col, block._tp_row = "first", "second"
+    model.add_module("block", block)
+    assert mesh is not None
+    apply_ddp(apply_tensor_parallel(model, submeshes["tp"]), submeshes.get("dp"))
+
+
+def test_ddp_of_a_model_that_is_cut_by_channel_is_refused_in_words(worlds) -> None:
+    with pytest.raises(RankError, match=r"block.first.weight is cut over tensor-parallel ranks, and DDP takes no such"):
+        worlds(2).run(cut_and_replicated)

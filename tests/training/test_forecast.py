@@ -18,6 +18,7 @@ from torch import Tensor
 from credit.config import parse_config
 from credit.data.store import FieldStore
 from credit.domain_parallel import DomainParallelManager, shard_tensor
+from credit.errors import CreditError
 from credit.launch.job import start_job
 from credit.layout import MeshShape
 from credit.training import forecast as forecasting
@@ -115,3 +116,18 @@ def test_scores_are_those_of_a_plain_calculation(trained) -> None:
         )
         assert scores.acc[0, lead, 1] == pytest.approx(float((product / (ours * theirs) ** 0.5).mean()), rel=1e-4)
     assert "b            24 h" in scores.table()
+
+
+def test_a_forecast_that_is_not_finite_is_no_forecast(worlds, trained, tmp_path, monkeypatch) -> None:
+    raw = on(trained, Path(trained["run"]), "none", 1)
+    before = (Path(trained["run"]) / "forecast.zarr/zarr.json").stat().st_mtime_ns
+    real = forecasting.roll_out
+
+    def diverging(*args, **kwargs):
+        for lead, state in enumerate(real(*args, **kwargs)):
+            yield state if lead < 1 else state * float("nan")
+
+    monkeypatch.setattr(forecasting, "roll_out", diverging)
+    with pytest.raises(CreditError, match=r"the forecast is not finite from 2020-01-\S+ \+ 12 h on: "):
+        forecast_on(raw)
+    assert (Path(trained["run"]) / "forecast.zarr/zarr.json").stat().st_mtime_ns == before
