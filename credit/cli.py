@@ -227,14 +227,16 @@ def _score(arguments: argparse.Namespace) -> None:
     from credit.launch.ranks import choose
 
     ranks = choose().size  # contradictions are refused before torch is imported
-    from credit.launch.job import start_job
+    from credit.launch.job import sole_writer, start_job
+    from credit.status import claimed
     from credit.training.score import score
 
     if ranks == 1:
         config = _load(arguments)
-        _show_scores(config, score(config))
+        with claimed(config.run):
+            _show_scores(config, score(config))
         return
-    with start_job(lambda: _load(arguments)) as job:
+    with start_job(lambda: _load(arguments)) as job, sole_writer(job):
         scores = score(job.config, job.ranks.rank, job.ranks.world_size)
         if job.is_first:
             _show_scores(job.config, scores)

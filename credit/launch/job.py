@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -24,9 +26,14 @@ from credit.layout import MeshShape, Seat, mesh_coords, mesh_shape
 from credit.parallel.collectives import gather_objects, together
 from credit.parallel.fsdp2 import gradient_mesh
 from credit.parallel.mesh import build_device_mesh
+from credit.status import claimed
 
 START_TIMEOUT_S = 600.0
 """How long ranks wait for each other before the config says otherwise."""
+
+
+SEEN_S = 30.0
+"""A file system over a network shows a new file to other nodes after some time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +114,37 @@ def start_job(load: Callable[[], Config]) -> Iterator[Job]:
         yield Job(config, ranks, seats, device, mesh, flat, shape, mesh_coords(shape, ranks.rank), manager)
     if ours:  # after a failure the process ends, and taking the groups down could wait for those who are gone
         dist.destroy_process_group()
+
+
+@contextmanager
+def sole_writer(job: Job) -> Iterator[None]:
+    """Be the only job that writes into the run directory, which all ranks see.
+
+    Raises:
+        CreditError: on every rank, if another job has it, or some rank does not see what rank 0 writes there.
+    """
+    with ExitStack() as stack:
+        with together("claiming the run directory"):
+            if job.is_first:
+                stack.enter_context(claimed(job.config.run))
+        mark = job.config.run / f".seen-{gather_objects(uuid4().hex[:12])[0]}"
+        with together("claiming the run directory"):
+            if job.is_first:
+                mark.touch()
+        with together("looking at the run directory"):
+            deadline = time.monotonic() + SEEN_S
+            while not mark.exists():
+                if time.monotonic() > deadline:
+                    host = job.seats[job.ranks.rank].host
+                    raise LaunchError(
+                        f"rank {job.ranks.rank} on {host} does not see what rank 0 writes into {job.config.run}: set "
+                        f"`run` to a directory on a file system that all nodes share"
+                    )
+                time.sleep(0.2)
+        with together("claiming the run directory"):
+            if job.is_first:
+                mark.unlink()
+        yield
 
 
 def _start_process_group(ranks: Ranks, backend: str, timeout: timedelta) -> None:

@@ -276,6 +276,9 @@ def _verify(path: Path) -> dict[str, Any]:
     manifest = json.loads((path / MANIFEST).read_text())
     found = _digests(_share(path))
     present = {file.name for file in path.iterdir()}
+    foreign = present - manifest["files"].keys() - {MANIFEST}
+    if foreign:  # torch reads some files by their names, and executes what it finds in them
+        raise CheckpointError(f"{path} is damaged: its manifest does not list {', '.join(sorted(foreign))}")
     for name, (size, digest) in manifest["files"].items():
         if name not in present:
             raise CheckpointError(f"{path} is damaged: {name} is missing")

@@ -20,7 +20,7 @@ from credit.data.statistics import Statistics
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, Window, make_plan
 from credit.errors import CheckpointError, CreditError
-from credit.launch.job import Job
+from credit.launch.job import Job, sole_writer
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
 from credit.parallel.collectives import together
 from credit.training.facts import OF_TRAINING, refuse_other_run, run_facts
@@ -71,6 +71,11 @@ def forecast(job: Job) -> Path:
         The store, `forecast.zarr` in the run directory: (init_time, [number,] lead_time, [level,] latitude, longitude),
         where number is the member of an ensemble.
     """
+    with sole_writer(job):
+        return _forecast(job)
+
+
+def _forecast(job: Job) -> Path:
     config = job.config
     store, statistics = open_store(job)
     with together("preparing the forecast"):

@@ -24,6 +24,7 @@ class _Csv:
         if first and path.exists():
             with path.open(newline="") as stream:
                 rows = [row for row in list(csv.reader(stream))[1:] if row and int(row[0]) <= first]
+        self.last = int(rows[-1][0]) if rows else 0
         self._stream = path.open("w", newline="")
         self._writer = csv.writer(self._stream)
         self._writer.writerows([columns, *rows])
@@ -112,6 +113,10 @@ class StepLog:
             if self._board is not None:
                 self._board.write("valid", step, {"loss": valid_loss})
             self._show(f"  valid {valid_loss:.4f}")
+
+    def is_validated(self, step: int) -> bool:
+        """True if the validation after so many steps was in the log of a job before; asked of the rank that writes."""
+        return self._active and self._valid.last == step > 0
 
     def close(self) -> None:
         if self._active:

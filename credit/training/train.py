@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from credit.data.loading import BatchLoader
 from credit.data.sampler import DataParallelSampler
 from credit.errors import ConfigError, CreditError, Stopped
 from credit.launch.contract import enforce_sampler_contract
-from credit.launch.job import Job
+from credit.launch.job import Job, sole_writer
 from credit.launch.stop import StopRequest
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
 from credit.parallel.collectives import clip_grad_norm_, gather_objects, local, together
@@ -29,7 +29,7 @@ from credit.parallel.ema import EMA
 from credit.parallel.fsdp2 import synchronize_gradients
 from credit.parallel.look import StepBuffers
 from credit.parallel.parallelize import reduce_gradients
-from credit.status import claimed, write_status
+from credit.status import write_status
 from credit.training.batches import AgreedBatches
 from credit.training.facts import refuse_other_run, run_facts
 from credit.training.log import StepLog, refuse_missing_tensorboard
@@ -223,14 +223,16 @@ class TrainingRun:
         return [(sample, member) for sample in batch["sample"].tolist() for member in members]
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Global mean loss over the validation period, of the averaged weights if there are any."""
+    def validate(self, request: StopRequest | None = None) -> float | None:
+        """Global mean loss over the validation period, of the averaged weights if there are any; None if stopped."""
         self.model.eval()
         total = 0.0
         with self.ema.in_place_of_weights() if self.ema is not None else nullcontext():
-            batches = AgreedBatches(self.loaders["valid"], self.job.device)
+            batches = AgreedBatches(self.loaders["valid"], self.job.device, request)
             for batch in batches:
-                assert batch is not None
+                if batch is None:
+                    self.model.train()
+                    return None
                 share = torch.stack(list(self.shares_of_loss(batch, draw=0))).sum().double()
                 total += batches.total(share / self.job.shape.tp)
         self.model.train()
@@ -265,17 +267,32 @@ class TrainingRun:
         is_first, directory = self.job.is_first, self.job.config.run
         log = StepLog(directory, first, self.steps, is_first, self.trainer.tensorboard)
         self.model.train()
+        if first and first % self.steps_per_epoch == 0:
+            self._validate_once(first // self.steps_per_epoch, trained, log, request)  # in which a job may have stopped
         with Profile(directory, first, profile, is_first) as recorded:
             for epoch in range(first // self.steps_per_epoch, self.trainer.epochs):
                 done = max(first - epoch * self.steps_per_epoch, 0)
                 for _ in self._epoch(epoch, done, trained, log, request):
                     recorded.step()
-                trained.valid_loss = self.validate()
-                log.epoch(epoch + 1, (epoch + 1) * self.steps_per_epoch, trained.valid_loss)
+                self._validate_once(epoch + 1, trained, log, request)
         self.checkpoints.close()
         log.close()
         self._tell("finished", self.steps)
         return trained
+
+    def _validate_once(self, epochs: int, trained: Trained, log: StepLog, request: StopRequest) -> None:
+        """After so many epochs, unless that is in the log.
+
+        Raises:
+            Stopped: on all ranks, after saving, once any has a stop request.
+        """
+        step = epochs * self.steps_per_epoch
+        if gather_objects(log.is_validated(step))[0]:
+            return
+        trained.valid_loss = self.validate(request)
+        if trained.valid_loss is None:
+            self._stop(step, request)
+        log.epoch(epochs, step, trained.valid_loss)
 
     def _enforce_contract(self, first: int) -> None:
         """Before the first step. Each rank reads its own rows, so what is compared is which samples they are."""
@@ -294,12 +311,7 @@ class TrainingRun:
         batches = AgreedBatches(self.loaders["train"], self.job.device, request)
         for batch in batches:
             if batch is None:
-                if self.saved < step:
-                    self._save(step)
-                self.checkpoints.close()
-                self._tell("stopped", step)
-                signal = f" by {request.received}" if request else ""
-                raise Stopped(f"at step {step} of {self.steps}{signal}, and saved: the same command goes on from there")
+                self._stop(step, request)
             begin = time.perf_counter()
             share, norm, rate = self.train_step(batch, step)
             loss = batches.total(share)
@@ -317,6 +329,14 @@ class TrainingRun:
                 self._save(step)
             yield
 
+    def _stop(self, step: int, request: StopRequest) -> NoReturn:
+        if self.saved < step:
+            self._save(step)
+        self.checkpoints.close()
+        self._tell("stopped", step)
+        signal = f" by {request.received}" if request else ""
+        raise Stopped(f"at step {step} of {self.steps}{signal}, and saved: the same command goes on from there")
+
     def _save(self, step: int) -> None:
         self.checkpoints.save(step)
         self.saved = step
@@ -333,10 +353,7 @@ def train(job: Job, request: StopRequest | None = None, profile: int = 0) -> Tra
     Args:
         profile: steps of which rank 0 writes a chrome trace to the run directory.
     """
-    with ExitStack() as stack:
-        with together("claiming the run directory"):
-            if job.is_first:
-                stack.enter_context(claimed(job.config.run))
+    with sole_writer(job):
         return _train(job, StopRequest() if request is None else request, profile)
 
 

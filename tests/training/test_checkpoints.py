@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -106,6 +107,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(worlds, runs, 
     assert f"going back to the one before\nresuming from {newest.with_name('step-00000002')}" in said
     assert rest == pytest.approx(whole_losses[2:], rel=1e-9)
     assert [path.name for path in list_checkpoints(newest.parent)] == ["step-00000004", "step-00000005"]
+
+
+def test_what_a_manifest_does_not_list_is_not_read(runs, tmp_path) -> None:
+    """Torch executes what it finds in some files."""
+    raw, folder, _ = runs
+    shutil.copytree(folder / "whole", tmp_path / "whole")
+    newest = list_checkpoints(tmp_path / "whole" / "checkpoints")[-1]
+    manifest = json.loads((newest / "manifest.json").read_text())
+    assert ".metadata" in manifest["files"]
+    del manifest["files"][".metadata"]
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    _, said = losses_and_words(on(raw, tmp_path / "whole", "none", 1))
+    assert f"{newest} is damaged: its manifest does not list .metadata; going back to the one before" in said
 
 
 def losses_and_words(raw: dict) -> tuple[list[float], str]:

@@ -9,20 +9,27 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from credit.config import parse_config
 from credit.data.prepare import write_statistics
 from credit.errors import CreditError, Stopped
-from credit.launch.job import start_job
+from credit.launch import job as jobs
+from credit.launch.job import sole_writer, start_job
 from credit.launch.stop import stop_requests
+from credit.layout import Seat
 from credit.models.transformer import WindowTransformer
 from credit.parallel.checkpoint import list_checkpoints
 from credit.status import read_status
 from credit.training import train as training
+from tests.ranks import RankError
 from tests.training.runs import curve, exported, interrupted, losses_and_weights, on, small, with_transformer
 
 
@@ -120,6 +127,62 @@ def test_signals_on_one_rank_stop_all_after_saving(worlds, raw, of_two, tmp_path
     rest, *_ = worlds(2).run(curve, given)[0]
     assert rest == whole[6:]
     assert read_status(tmp_path)[1] == 0
+
+
+def stopped_in_validation(raw: dict) -> list[str]:
+    """The last rank gets a signal when the second epoch's validation reads its first batch; what the log holds."""
+    real = training.TrainingRun.shares_of_loss
+
+    def shares(self, batch, draw):
+        at = self.optimizer.state_dict()["state"].get(0, {}).get("step", 0)
+        if draw == 0 and int(at) == 10 and self.job.ranks.rank == self.job.ranks.world_size - 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return real(self, batch, draw)
+
+    training.TrainingRun.shares_of_loss = shares
+    try:
+        with (
+            stop_requests() as request,
+            pytest.raises(Stopped, match="at step 10 of 10"),
+            start_job(lambda: parse_config(raw)) as job,
+        ):
+            training.train(job, request)
+    finally:
+        training.TrainingRun.shares_of_loss = real
+    return (Path(raw["run"]) / "valid.csv").read_text().splitlines()
+
+
+def test_a_signal_in_validation_stops_it_and_the_next_job_validates(worlds, raw, of_two, tmp_path) -> None:
+    _, whole_valid, *_ = of_two("ddp")
+    given = on(raw, tmp_path, "ddp", 2)
+    begun, _ = worlds(2).run(stopped_in_validation, given)
+    assert [line.split(",")[0] for line in begun] == ["step", "5"]
+    assert read_status(tmp_path)[1] == 75
+    losses, valid, *_ = worlds(2).run(curve, given)[0]
+    assert losses == []
+    assert valid == whole_valid
+    rows = (tmp_path / "valid.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in rows] == ["step", "5", "10"]
+    assert read_status(tmp_path)[1] == 0
+    curve(on(raw, tmp_path, "none", 1))
+    assert (tmp_path / "valid.csv").read_text().splitlines() == rows
+
+
+def in_directories_of_ones_own(folder: Path) -> None:
+    """As on nodes that do not share the disk."""
+    rank = dist.get_rank()
+    config = SimpleNamespace(run=folder / str(rank))
+    seats = [Seat(f"n{n}", "cpu") for n in range(2)]
+    job: Any = SimpleNamespace(config=config, is_first=rank == 0, ranks=SimpleNamespace(rank=rank), seats=seats)
+    with patch.object(jobs, "SEEN_S", 0.5), sole_writer(job):
+        raise AssertionError("it was not noticed")
+
+
+def test_a_run_directory_that_each_node_has_for_itself_is_refused(worlds, tmp_path) -> None:
+    message = "rank 1 on n1 does not see what rank 0 writes into .*a file system that all nodes share"
+    with pytest.raises(RankError, match=message) as caught:
+        worlds(2).run(in_directories_of_ones_own, tmp_path)
+    assert len(caught.value.errors) == 2
 
 
 MESHES = {
