@@ -169,7 +169,7 @@ def apply_ddp(model: nn.Module, dp_mesh: DeviceMesh | None, unused: Sequence[str
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(unused))
     # Buffers are not sent before each forward: rank 0's alone would count in a mean over samples.
     group = dp_mesh.get_group() if dp_mesh is not None else None
-    return DistributedDataParallel(model, process_group=group, broadcast_buffers=False)
+    return DistributedDataParallel(model, process_group=group, forward_sync_buffers=False)
 
 
 @contextmanager

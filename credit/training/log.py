@@ -126,6 +126,9 @@ class StepLog:
                 self._board.close()
 
     def _show(self, extra: str) -> None:
+        if not self._recent:  # this job has taken no step yet
+            print(extra.strip(), flush=True)
+            return
         self._shown = time.monotonic()
         elapsed = self._recent[-1][0] - self._recent[0][0]
         waited = sum(one[3] for one in self._recent)
