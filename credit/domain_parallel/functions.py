@@ -1,8 +1,9 @@
-"""Custom `torch.autograd.Function`s that are given slabs: every rank runs them on whole fields, forward and backward.
+"""Custom functions and operators that are given slabs: every rank runs them on whole fields, forward and backward.
 
-What such a function does in its backward need not be a derivative: it may clip or scale by a norm. So its backward is
-given the whole cotangent, on every rank alike, as one device would. `Function.apply` asks no tensor whether it wants
-to be treated otherwise; it is replaced here, and does what it did where no slab is among the arguments.
+What a `torch.autograd.Function`, or an operator that was registered with `torch.library`, does in its backward need not
+be a derivative: it may clip or scale by a norm. So its backward is given the whole cotangent, on every rank alike, as
+one device would. `Function.apply` asks no tensor whether it wants to be treated otherwise; it is replaced here, and
+does what it did outside of a converted model.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from credit.domain_parallel.whole_view import as_whole
 
 _AS_THEY_ARE = ("credit.domain_parallel.", "credit.parallel.", "torch.")
 """Modules whose functions are left alone: ours, and torch's, which saves with one what a checkpoint is given."""
+
+_TORCHS = ("aten", "prim", "prims")
 
 _UNKNOWN = "its backward does not know of the rows on other ranks"
 
@@ -94,10 +97,21 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         return _apply(cls, *args, **kwargs)
     call = _called(cls)
     with nullcontext() if slab is None else met(call):
-        args, kwargs = replaced((args, kwargs), partial(_counted_once, group=group))
         if slab is not None:
-            return gathered(call, args, kwargs, _UNKNOWN, ALIKE)
+            return custom(call, args, kwargs, group)
+        args, kwargs = replaced((args, kwargs), partial(_counted_once, group=group))
         return replaced(_apply(cls, *args, **kwargs), lambda x: _Stay.apply(x, group) if x.requires_grad else x)
+
+
+def custom(call: Callable[..., Any], args: tuple, kwargs: dict, group: RankGroup) -> Any:
+    """call(*args, **kwargs), of slabs of `group`, whatever its backward does."""
+    args, kwargs = replaced((args, kwargs), partial(_counted_once, group=group))
+    return gathered(call, args, kwargs, _UNKNOWN, ALIKE)
+
+
+def is_custom(func: Any) -> bool:
+    """True for an operator that is not torch's own."""
+    return getattr(func, "namespace", "aten") not in _TORCHS
 
 
 def _counted_once(x: Tensor, group: RankGroup) -> Tensor:

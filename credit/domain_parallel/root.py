@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-import credit.domain_parallel.functions  # noqa: F401
 from credit.domain_parallel.containers import closed, opened
 from credit.domain_parallel.gathered import gathers_refused
 from credit.domain_parallel.groups import RankGroup

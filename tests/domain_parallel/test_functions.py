@@ -1,4 +1,4 @@
-"""Custom autograd functions give the numbers of one device, whatever they do in their backward."""
+"""Custom autograd functions and operators give the numbers of one device, whatever they do in their backward."""
 
 from __future__ import annotations
 
@@ -79,6 +79,18 @@ class DoubledInPlace(Function):
         return 2 * grad.clamp(-0.1, 0.1)
 
 
+@torch.library.custom_op("tests::scaled", mutates_args=())
+def scaled(x: Tensor, w: Tensor) -> Tensor:
+    return x * w
+
+
+def _of_scaled(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return Scaled.backward(ctx, grad)
+
+
+scaled.register_autograd(_of_scaled, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
 def several(x: Tensor, w: Tensor) -> Tensor:
     a, b, c = Several.apply(x * w, x)
     return a + b.to(x.dtype) * x + c.transpose(1, 2)
@@ -100,6 +112,7 @@ def without_gradient(x: Tensor, w: Tensor) -> Tensor:
 
 CALLS = {
     "a field": lambda x, w: Scaled.apply(x * 2, w).relu(),
+    "an operator": lambda x, w: scaled(x * 2, w).relu(),
     "a total": lambda x, w: x * Total.apply(x, w),
     "several results": several,
     "in place": in_place,
