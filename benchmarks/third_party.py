@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copyreg
 import importlib
 import importlib.metadata
 import importlib.util
@@ -20,10 +21,11 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, groupby
 from multiprocessing.connection import Connection, wait
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -43,6 +45,10 @@ examples:
 The libraries, beside a CPU build of torch; torch-harmonics is compiled against it, of the version neuraloperator takes:
   pip install -c constraints.txt -e . torchvision {libraries}
   pip install --no-build-isolation --no-binary torch-harmonics --no-deps torch-harmonics==0.7.4
+Other versions of it, and what takes them, in folders of their own below DIR:
+  pip install --no-deps --target DIR/harmonics torch-harmonics==0.9.3
+  pip install --no-build-isolation --no-binary torch-harmonics --no-deps --target DIR/ace \\
+    torch-harmonics==0.8.0 fme dacite
 """
 
 Output = Callable[[Any], Any]
@@ -61,6 +67,7 @@ class Case:
         output: picks the tensors out of what the model returns.
         dtype: of parameters and inputs; float32 only where the library insists on it.
         tolerance: on the relative error, max |a - b| / max |b|.
+        apart: the folder below --apart that the library is in, beside another version of what it takes.
     """
 
     library: str
@@ -71,22 +78,26 @@ class Case:
     output: Output | None = None
     dtype: torch.dtype = torch.float64
     tolerance: float = 1e-9
+    apart: str | None = None
 
     @property
     def name(self) -> str:
         return f"{self.library} {self.model}"
 
-    @property
-    def version(self) -> str | None:
+    def folder(self, apart: Path | None) -> str | None:
+        """Where the library is, if not among those that are installed."""
+        return self.apart and str((apart or Path()).resolve() / self.apart)
+
+    def version(self, apart: Path | None) -> str | None:
         """Of the library; None if it is not installed."""
-        try:
-            return importlib.metadata.version(self.library)
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        folder = self.folder(apart)
+        where = {} if folder is None else {"path": [folder]}
+        return next((found.version for found in importlib.metadata.distributions(name=self.library, **where)), None)
 
     def make(self) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]:
         """The model, its inputs and its keyword inputs: the same on every rank."""
         declare_torchvision_operators()
+        copyreg.pickle(torch.library.CustomOpDef, attrgetter("_name"))  # copies of a model share its operators
         torch.manual_seed(0)
         model = self.build()
         for tensor in chain(model.parameters(), model.buffers()):
@@ -225,6 +236,68 @@ def aurora(height: int, width: int) -> nn.Module:
     return AuroraOnTensors()
 
 
+def spherical_transforms(kind: str, height: int, width: int) -> nn.Module:
+    """To spherical harmonics and back, scaled by degree in between; `kind` is "" or "Vector"."""
+    harmonics = importlib.import_module("torch_harmonics")
+
+    class Filter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.there = getattr(harmonics, f"Real{kind}SHT")(height, width)
+            self.back = getattr(harmonics, f"InverseReal{kind}SHT")(height, width)
+            self.weight = nn.Parameter(torch.randn(self.there.lmax, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.back(self.there(x) * self.weight)
+
+    return Filter()
+
+
+def ace(height: int, width: int, noise: int, **options: Any) -> nn.Module:
+    """The noise-conditioned SFNO of Ai2's climate emulator ACE behind an interface of tensors."""
+    from fme.core.distributed import Distributed
+    from fme.core.models.conditional_sfno.layers import Context, ContextConfig
+    from fme.core.models.conditional_sfno.sfnonet import SFNONetConfig, get_lat_lon_sfnonet
+
+    class AceOnTensors(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            context = ContextConfig(embed_dim_scalar=0, embed_dim_labels=0, embed_dim_noise=noise, embed_dim_pos=0)
+            config = SFNONetConfig(embed_dim=12, num_layers=2, **options)
+            with Distributed.context():
+                self.net = get_lat_lon_sfnonet(config, 3, 2, (height, width), context_config=context)
+
+        def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+            return self.net(x, Context(embedding_scalar=None, labels=None, noise=noise, embedding_pos=None))
+
+    return AceOnTensors()
+
+
+def on_grid(kind: str, height: int, width: int, **options: Any) -> nn.Module:
+    """Two graph convolutions of torch_geometric between neighbouring points of a global grid."""
+    convolution = getattr(importlib.import_module("torch_geometric.nn"), kind)
+    points = torch.arange(height * width).view(height, width)
+    east, south, diagonal = points.roll(-1, 1), points[1:], points[1:].roll(-1, 1)
+    pairs = [(points, east), (points[:-1], south), (points[:-1], diagonal)]
+    one_way = torch.cat([torch.stack([a.flatten(), b.flatten()]) for a, b in pairs], 1)
+
+    class OnGrid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = convolution(3, 8, **options)
+            self.second = convolution(8, 2, **options)
+            self.register_buffer("edges", torch.cat([one_way, one_way.flip(0)], 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            batch = x.shape[0]
+            nodes = x.permute(0, 2, 3, 1).flatten(0, 2)
+            edges = torch.cat([self.edges + i * height * width for i in range(batch)], 1)
+            nodes = self.second(self.first(nodes, edges).relu(), edges)
+            return nodes.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+    return OnGrid()
+
+
 STAGES = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
 WINDOWS = {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4)}
 PYRAMID = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 16, 24), "num_heads": (1, 2, 2, 4)}
@@ -234,6 +307,16 @@ BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups
 PLANE = {"spatial_dims": 2, "in_channels": 3, "out_channels": 2}
 MODES = {"n_modes": (12, 12), "in_channels": 3, "out_channels": 2, "hidden_channels": 12, "n_layers": 2}
 SPHERE = {"img_size": (45, 88), "in_chans": 3, "out_chans": 2, "embed_dim": 12, "num_layers": 2, "scale_factor": 2}
+SPHERE_STAGES = {
+    "img_size": (48, 96),
+    "in_chans": 3,
+    "out_chans": 2,
+    "embed_dims": [8, 16],
+    "depths": [1, 1],
+    "scale_factor": 2,
+}
+HARMONICS = {"apart": "harmonics"}
+SINGLE = {"dtype": torch.float32, "tolerance": 1e-4}
 
 # One entry a model, wrapped by hand.
 # fmt: off
@@ -360,6 +443,42 @@ CASES = (
     Case("neuraloperator", "SFNO", new("neuralop.models:SFNO", **MODES), ((2, 3, 44, 88),)),
     Case("torch-harmonics", "SFNO", new("torch_harmonics.examples.models:SphericalFourierNeuralOperatorNet", **SPHERE),
          ((2, 3, 45, 88),), dtype=torch.float32, tolerance=1e-4),
+    Case("torch-harmonics", "transforms", partial(spherical_transforms, "", 45, 88), ((2, 3, 45, 88),), **HARMONICS),
+    Case("torch-harmonics", "vector transforms", partial(spherical_transforms, "Vector", 45, 88),
+         ((2, 3, 2, 45, 88),), **HARMONICS),
+    Case("torch-harmonics", "DISCO convolution",
+         new("torch_harmonics:DiscreteContinuousConvS2", 3, 4, (45, 88), (45, 88), 3), ((2, 3, 45, 88),), **HARMONICS),
+    Case("torch-harmonics", "DISCO convolution, transposed",
+         new("torch_harmonics:DiscreteContinuousConvTransposeS2", 3, 4, (23, 44), (45, 88), 3), ((2, 3, 23, 44),),
+         **HARMONICS),
+    Case("torch-harmonics", "attention", new("torch_harmonics:AttentionS2", 4, 2, (23, 44), (23, 44)),
+         ((2, 4, 23, 44),), **HARMONICS),
+    Case("torch-harmonics", "neighbourhood attention",
+         new("torch_harmonics:NeighborhoodAttentionS2", 4, (23, 44), (23, 44)), ((2, 4, 23, 44),),
+         **HARMONICS, **SINGLE),
+    Case("torch-harmonics", "SFNO of 0.9",
+         new("torch_harmonics.examples.models:SphericalFourierNeuralOperator", **SPHERE),
+         ((2, 3, 45, 88),), **HARMONICS, **SINGLE),
+    Case("torch-harmonics", "LSNO", new("torch_harmonics.examples.models:LocalSphericalNeuralOperator", **SPHERE),
+         ((2, 3, 45, 88),), **HARMONICS, **SINGLE),
+    Case("torch-harmonics", "spherical transformer",
+         new("torch_harmonics.examples.models:SphericalTransformer", **SPHERE), ((2, 3, 45, 88),),
+         **HARMONICS, **SINGLE),
+    Case("torch-harmonics", "spherical U-Net", new("torch_harmonics.examples.models:SphericalUNet", **SPHERE_STAGES),
+         ((2, 3, 48, 96),), **HARMONICS),
+    Case("torch-harmonics", "spherical SegFormer",
+         new("torch_harmonics.examples.models:SphericalSegformer", heads=[1, 2], **SPHERE_STAGES), ((2, 3, 48, 96),),
+         **HARMONICS, **SINGLE),
+    Case("fme", "SFNO (ACE)", partial(ace, 18, 36, 4), ((2, 3, 18, 36), (2, 4, 18, 36)), apart="ace", **SINGLE),
+    Case("fme", "SFNO (ACE), local blocks",
+         partial(ace, 18, 36, 4, local_blocks=[0], filter_residual=True, global_layer_norm=True),
+         ((2, 3, 18, 36), (2, 4, 18, 36)), apart="ace", **SINGLE),
+    Case("torch-geometric", "GraphConv", partial(on_grid, "GraphConv", 13, 24), ((2, 3, 13, 24),)),
+    Case("torch-geometric", "GraphSAGE, max", partial(on_grid, "SAGEConv", 13, 24, aggr="max"), ((2, 3, 13, 24),)),
+    Case("torch-geometric", "GCN", partial(on_grid, "GCNConv", 13, 24), ((2, 3, 13, 24),)),
+    Case("torch-geometric", "GAT", partial(on_grid, "GATConv", 13, 24, heads=2, concat=False), ((2, 3, 13, 24),)),
+    Case("torch-geometric", "graph transformer",
+         partial(on_grid, "TransformerConv", 13, 24, heads=2, concat=False), ((2, 3, 13, 24),)),
     Case("nvidia-physicsnemo", "AFNO (FourCastNet)",
          new("physicsnemo.models.afno:AFNO", inp_shape=[44, 64], in_channels=3, out_channels=2, patch_size=[4, 4],
              embed_dim=16, depth=2, num_blocks=4, sparsity_threshold=0.0),
@@ -424,12 +543,14 @@ class Outcome:
         error: the largest relative error.
         message: which tensor has that error; or why the model was refused, or how it failed.
         calls: torch functions met, and how often.
+        gathered: those among them that were computed on whole fields.
     """
 
     status: str
     error: float = 0.0
     message: str = ""
     calls: dict[str, int] = field(default_factory=dict)
+    gathered: frozenset[str] = frozenset()
 
     @property
     def ends_world(self) -> bool:
@@ -447,15 +568,20 @@ class Outcome:
 class World:
     """Gloo ranks on this machine, given one case after another; started anew after one that did not end well."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, apart: Path | None) -> None:
         self.size = size
+        self.apart = apart
+        self._path: str | None = None
         self._ranks: dict[Connection, mp.process.BaseProcess] = {}
         self._folder: tempfile.TemporaryDirectory | None = None
 
     def run(self, case: Case, timeout: float) -> Outcome:
         """The worst outcome of the ranks; a failure if they give none in `timeout` seconds."""
+        path = case.folder(self.apart)
+        if path != self._path:
+            self.close()
         if not self._ranks:
-            self._start()
+            self._start(path)
         for pipe in self._ranks:
             pipe.send(case.name)
         outcomes: list[Outcome] = []
@@ -489,20 +615,22 @@ class World:
         if self._folder:
             self._folder.cleanup()
 
-    def _start(self) -> None:
+    def _start(self, path: str | None) -> None:
+        self._path = path
         self._folder = tempfile.TemporaryDirectory(prefix="credit-third-party-")
         for rank in range(self.size):
             ours, theirs = _context.Pipe()
             process = _context.Process(
-                target=serve, args=(rank, self.size, f"{self._folder.name}/store", theirs), daemon=True
+                target=serve, args=(rank, self.size, f"{self._folder.name}/store", theirs, path), daemon=True
             )
             process.start()
             theirs.close()
             self._ranks[ours] = process
 
 
-def serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+def serve(rank: int, size: int, store: str, pipe: Connection, path: str | None) -> None:
     """Join the group as `rank`, and answer the name of a case with its outcome until the pipe is closed."""
+    look_first_in(path)
     torch.set_num_threads(1)
     os.environ.update(GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
@@ -514,6 +642,12 @@ def serve(rank: int, size: int, store: str, pipe: Connection) -> None:
                 pipe.send(verify(case))
             except Exception as error:
                 pipe.send(Outcome("failed", message=f"{type(error).__name__}: {error}"))
+
+
+def look_first_in(path: str | None) -> None:
+    """Let this process import from `path` what is there."""
+    if path is not None:
+        sys.path.insert(0, path)
 
 
 @contextlib.contextmanager
@@ -547,11 +681,15 @@ def verify(case: Case) -> Outcome:
         return Outcome("refused", message=str(error))
     worst = max(report.errors, key=report.errors.__getitem__)
     where = worst if report.first is None else f"{worst}; first at {report.first}"
-    return Outcome("exact" if report.exact else "differs", report.errors[worst], where, report.calls)
+    gathered = frozenset(call for call in report.calls if any(f": {call} has no" in text for text in report.gathered))
+    return Outcome("exact" if report.exact else "differs", report.errors[worst], where, report.calls, gathered)
 
 
-def plain(case: Case) -> str:
+def plain(name: str, path: str | None) -> str:
     """What the plain model does: forward and backward, in training and in evaluation mode."""
+    torch.set_num_threads(1)
+    look_first_in(path)
+    case = next(case for case in CASES if case.name == name)
     with quiet():
         model, inputs, kwargs = case.make()
         seconds = []
@@ -577,21 +715,25 @@ def shapes(*of: tuple[int, ...]) -> str:
     return ", ".join("x".join(str(size) for size in shape) for shape in of)
 
 
-def page(cases: list[Case], outcomes: dict[tuple[str, int], Outcome]) -> str:
+def page(cases: list[Case], outcomes: dict[tuple[str, int], Outcome], apart: Path | None) -> str:
     """The table in Markdown."""
     ranks = sorted({size for _, size in outcomes})
     rows = [
-        ["Library", "Model", "Input", "Operators", *(f"{size} ranks" for size in ranks)],
-        ["---"] * (4 + len(ranks)),
+        ["Library", "Model", "Input", "Operators", "Gathered", *(f"{size} ranks" for size in ranks)],
+        ["---"] * (5 + len(ranks)),
     ]
     met: Counter[str] = Counter()
+    gathered: Counter[str] = Counter()
     for case in cases:
         of_case = [outcomes[case.name, size] for size in ranks if (case.name, size) in outcomes]
         calls = {name for outcome in of_case for name in outcome.calls}
+        whole = {name for outcome in of_case for name in outcome.gathered}
         met.update(calls)
+        gathered.update(whole)
         results = [str(outcome) for outcome in of_case] or ["not installed"] * len(ranks)
-        library = f"{case.library} {case.version or ''}".strip()
-        rows.append([library, case.model, shapes(*case.shapes), str(len(calls) or ""), *results])
+        library = f"{case.library} {case.version(apart) or ''}".strip()
+        counts = [str(len(names) or "") for names in (calls, whole)]
+        rows.append([library, case.model, shapes(*case.shapes), *counts, *results])
     lines = ["| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) + " |" for row in rows]
     proved = sum(outcome.status == "exact" for outcome in outcomes.values())
     loose = ", ".join(f"{case.name} {case.tolerance:g}" for case in cases if case.tolerance != Case.tolerance)
@@ -602,23 +744,33 @@ Models from PyPI, converted as they are: no code of theirs is touched, their wei
 Each is compared with the plain model on gloo ranks, in float64: outputs, and the gradients of inputs and parameters.
 *Exact* gives the largest relative error, max |a - b| / max |b|: within {Case.tolerance:g}, or, where a model
 computes in float32 whatever it is given, within what that allows ({loose}).
-*Operators* counts the torch functions that met a field which is cut.
+*Operators* counts the functions that met a field which is cut; *Gathered*, those of them that were computed on whole
+fields, on every rank alike, for want of a sharded form. (What comes of one may stay whole, and all that follows.)
 {proved} of {len(outcomes)} runs are exact, with torch {torch.__version__}.
 
-Written by `python benchmarks/third_party.py --write docs/third_party.md`; `--help` says what to install.
+Written by `python benchmarks/third_party.py --apart DIR --write docs/third_party.md`; `--help` says what to install.
 
 {chr(10).join(lines)}
 
 ## Operators met
 
-With the number of models: {", ".join(f"`{name}` {count}" for name, count in met.most_common())}.
+With the number of models: {listed(met)}.
+
+## Gathered
+
+{listed(gathered) or "None"}.
 """
+
+
+def listed(names: Counter[str]) -> str:
+    """Names and counts, the most frequent first."""
+    return ", ".join(f"`{name}` {count}" for name, count in names.most_common())
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the cases; 1 if a model gave other numbers or failed, 0 if all were exact, refused or not installed."""
-    apart = ("torchvision", "torch-harmonics")
-    libraries = " ".join(dict.fromkeys(case.library for case in CASES if case.library not in apart))
+    others = ("torchvision", "torch-harmonics")
+    libraries = " ".join(dict.fromkeys(case.library for case in CASES if case.library not in others and not case.apart))
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=EXAMPLES.format(libraries=libraries),
@@ -629,30 +781,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=120, metavar="S", help="seconds for one case (120)")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table to FILE, in Markdown")
     parser.add_argument("--plain", action="store_true", help="run the plain models alone, without ranks")
+    parser.add_argument(
+        "--apart", type=Path, metavar="DIR", help="where libraries are that cannot be installed together"
+    )
     options = parser.parse_args(arguments)
 
     cases = [case for case in CASES if any(part.lower() in case.name.lower() for part in options.only or [""])]
     if not cases:
         parser.error(f"no case is named {' or '.join(options.only)}; known: {', '.join(case.name for case in CASES)}")
-    installed = [case for case in cases if case.version]
-    for library in dict.fromkeys(case.library for case in cases if not case.version):
+    installed = [case for case in cases if case.version(options.apart)]
+    for library in dict.fromkeys(case.library for case in cases if case not in installed):
         print(f"{library} is not installed")
     if options.plain:
-        torch.set_num_threads(1)
-        for case in installed:
-            print(f"{case.name}: {plain(case)}", flush=True)
+        for path, some in groupby(installed, lambda case: case.folder(options.apart)):
+            with ProcessPoolExecutor(1, _context) as process:
+                for case in some:
+                    print(f"{case.name}: {process.submit(plain, case.name, path).result()}", flush=True)
         return 0
 
     outcomes: dict[tuple[str, int], Outcome] = {}
     for size in options.ranks:
-        world = World(size)
+        world = World(size, options.apart)
         for case in installed:
             start = time.perf_counter()
             outcomes[case.name, size] = outcome = world.run(case, options.timeout)
             print(f"{case.name}, {size} ranks: {outcome} ({time.perf_counter() - start:.0f} s)", flush=True)
         world.close()
     if options.write:
-        options.write.write_text(page(cases, outcomes))
+        options.write.write_text(page(cases, outcomes, options.apart))
     return int(any(outcome.status in ("differs", "failed") for outcome in outcomes.values()))
 
 

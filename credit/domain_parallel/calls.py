@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from credit.domain_parallel.functions import custom, is_custom
 from credit.domain_parallel.gathered import gathered
 from credit.domain_parallel.halo_exchange import moves
 from credit.domain_parallel.outcome import (
@@ -100,7 +101,8 @@ def answer(func: Any, args: tuple, kwargs: dict, types: Any = ()) -> Any:
         if composite is not None:
             with torch._C._EnableTorchFunction():
                 return composite(*args, **kwargs)
-        return gathered(func, args, kwargs)
+        slab = next(filter(is_slab, leaves((args, kwargs))), None) if is_custom(func) else None
+        return gathered(func, args, kwargs) if slab is None else custom(func, args, kwargs, slab.group)
     traits = _traits(func)
     expected = None
     if traits.views or func not in POINTWISE or _strided(args):

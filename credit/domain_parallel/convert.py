@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from credit.domain_parallel.functions import answer_functions
 from credit.domain_parallel.layers import (
     DomainParallelConv2d,
     DomainParallelConv3d,
@@ -128,6 +129,7 @@ def convert_to_domain_parallel(
     for part in model.modules():
         if part is not model and not isinstance(part, DomainParallelLayer):
             part.register_forward_pre_hook(only_inside, prepend=True)
+    answer_functions()
     become(model, DomainParallelRoot)
     model.__dict__["_domain_border"] = Border(manager, shard_dim, fallback)
     return model

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,24 @@ REFUSED = {
     "as_strided_": "strides count entries of one device's memory",
 }
 """What cannot be done on gathered operands, by the name of the function, and why."""
+
+
+class Crossing(NamedTuple):
+    """How tensors become whole, and are cut again, around what is computed on whole ones.
+
+    Attributes:
+        enter: the whole of a slab.
+        leave: a rank's part of a result that has the axis which is cut, as `reshard.own` gives it.
+        stay: what becomes of a result that is whole.
+    """
+
+    enter: Callable[[Slab], Tensor]
+    leave: Callable[[Tensor, int, Slab], Tensor]
+    stay: Callable[[Tensor, Slab], Tensor]
+
+
+LINEAR = Crossing(whole, own, lambda x, like: x)
+"""Each rank has a part of the cotangent, and the parts that come of them add up: for derivatives, which are linear."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +111,13 @@ def gathers_refused(refused: bool) -> Iterator[None]:
         _state.refused = before
 
 
-def gathered(func: Any, args: tuple, kwargs: dict, reason: str = "it has no rule for such arguments") -> Any:
+def gathered(
+    func: Any,
+    args: tuple,
+    kwargs: dict,
+    reason: str = "it has no rule for such arguments",
+    crossing: Crossing = LINEAR,
+) -> Any:
     """func(*args, **kwargs) on whole operands; where that is not wanted, it is refused for this reason.
 
     Raises:
@@ -109,17 +133,17 @@ def gathered(func: Any, args: tuple, kwargs: dict, reason: str = "it has no rule
     if _state.refused or not all(type(x) is Slab for x in slabs.values()):
         refuse(name_of(func), reason)
     with _changes_counted():
-        wholes = {key: _as_stored(x) for key, x in slabs.items()}
+        wholes = {key: _as_stored(x, crossing) for key, x in slabs.items()}
         _tell(func, sum(x.nbytes for x in wholes.values()), next(iter(slabs.values())))
         versions = {key: x._version for key, x in wholes.items()}
         found = _on_wholes(func, args, kwargs, wholes)
     for key, x in wholes.items():
         if x._version != versions[key]:
-            _give_back(slabs[key], x, func)
+            _give_back(slabs[key], x, func, crossing)
 
     def view(x: Tensor, number: int, base: Slab) -> Tensor:
-        result = _cut_like(x, base)
-        again = partial(_made_again, func, args, kwargs, number, result)
+        result = _cut_like(x, base, crossing)
+        again = partial(_made_again, func, args, kwargs, number, result, crossing)
         place = view_in(base, func, args, kwargs, number)
         return viewed(View(base, again, place, base.detached), result, True, strides_of(x))
 
@@ -129,7 +153,7 @@ def gathered(func: Any, args: tuple, kwargs: dict, reason: str = "it has no rule
                 return slabs[key]
             if shares(operand, x):
                 return view(x, number, slabs[key])
-        return _cut_like(x, next(iter(slabs.values())))
+        return _cut_like(x, next(iter(slabs.values())), crossing)
 
     results = {id(x): cut(x, number) for number, x in enumerate(tensors_in(found))}
     return replaced(found, lambda x: results[id(x)])
@@ -140,12 +164,13 @@ def _on_wholes(func: Any, args: tuple, kwargs: dict, wholes: dict[int, Tensor]) 
     return func(*args, **kwargs)
 
 
-def _made_again(func: Any, args: tuple, kwargs: dict, number: int, like: Tensor) -> Tensor:
+def _made_again(func: Any, args: tuple, kwargs: dict, number: int, like: Tensor, crossing: Crossing) -> Tensor:
     """This rank's part of a result that is a view."""
     with rules_of(Slab, func):
-        wholes = {id(x): _as_stored(x) for x in tensors_in((args, kwargs)) if is_slab(x)}
-        found = tensors_in(_on_wholes(func, args, kwargs, wholes))[number]
-        return own(found, like.cut, like) if isinstance(like, Slab) else found
+        slabs = [x for x in tensors_in((args, kwargs)) if is_slab(x)]
+        found = _on_wholes(func, args, kwargs, {id(x): _as_stored(x, crossing) for x in slabs})
+        x = tensors_in(found)[number]
+        return crossing.leave(x, like.cut, like) if isinstance(like, Slab) else crossing.stay(x, slabs[0])
 
 
 @contextmanager
@@ -158,34 +183,35 @@ def _changes_counted() -> Iterator[None]:
         yield
 
 
-def _as_stored(x: Slab) -> Tensor:
+def _as_stored(x: Slab, crossing: Crossing) -> Tensor:
     """The whole of `x`, as one device would hold it."""
-    return whole(x) if x.strides is None else stored(whole(x), x.strides)
+    found = crossing.enter(x)
+    return found if x.strides is None else stored(found, x.strides)
 
 
-def _give_back(target: Slab, whole: Tensor, func: Any) -> None:
+def _give_back(target: Slab, whole: Tensor, func: Any, crossing: Crossing) -> None:
     """Change `target` in place to what `whole`, made of it, was changed to."""
     if whole.shape != target.shape:
         refuse(name_of(func), "it changes the shape of a field in place")
     if target.strides is not None and windows_overlap(target.shape, target.strides):
         refuse(f"{name_of(func)} on windows that overlap", "torch leaves open what comes of it")
-    assign(target.local, own(whole, target.cut, target))
+    assign(target.local, crossing.leave(whole, target.cut, target))
     target.changed()
 
 
-def _cut_like(x: Tensor, like: Slab) -> Tensor:
+def _cut_like(x: Tensor, like: Slab, crossing: Crossing) -> Tensor:
     """`x`, whole, cut as `like` is where it has such an axis."""
     if x.ndim != like.ndim or x.shape[like.cut] != like.shape[like.cut] or x.layout is not torch.strided:
-        return x
-    cut = like.like(own(x, like.cut, like).clone())  # a part of it would keep the whole
+        return crossing.stay(x, like)
+    cut = like.like(crossing.leave(x, like.cut, like).clone())  # a part of it would keep the whole
     cut.strides = strides_of(x)
     return cut
 
 
 def _tell(func: Any, size: int, slab: Slab) -> None:
-    key = (func, line_of(sys._getframe(1)))
+    key = (name_of(func), line_of(sys._getframe(1)))
     if _state.recorded is not None:
-        if all((one.call, one.place) != (name_of(func), key[1]) for one in _state.recorded):
+        if all((one.call, one.place) != key for one in _state.recorded):
             module, _ = whereabouts(sys._getframe(1))
             _state.recorded.append(Gather(name_of(func), module, key[1], size))
     elif slab.group.rank == 0 and key not in _said:

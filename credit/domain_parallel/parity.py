@@ -363,7 +363,7 @@ def _digest(values: Iterable[Any]) -> int:
 def _prepared(model: nn.Module, dtype: torch.dtype, seed: int) -> nn.Module:
     try:
         model = copy.deepcopy(model)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         name = type(model).__name__
         raise DomainParallelError(f"{name}: parity is checked on copies, and this cannot be copied: {error}") from None
     for tensor in (*model.parameters(), *model.buffers()):

@@ -172,6 +172,19 @@ class AllSum(torch.autograd.Function):
         return AllSum.apply(grad, ctx.group), None
 
 
+class Once(torch.autograd.Function):
+    """A whole tensor of which every rank finds the same gradient, which is to count once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: RankGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x) if x.layout is torch.strided else x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return (grad if ctx.group.rank == 0 else torch.zeros_like(grad)), None
+
+
 class AllExtreme(torch.autograd.Function):
     """Largest (sign 1) or smallest (-1) over `dims` of all ranks' rows; ties share the gradient, as in torch.amax."""
 

@@ -23,7 +23,7 @@ from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.lengths import check_lengths, gather_numbers, gather_texts
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager
 from credit.domain_parallel.partition import Partition
-from credit.domain_parallel.reshard import plain, reshard, whole
+from credit.domain_parallel.reshard import Once, plain, reshard, whole
 from credit.domain_parallel.side_doors import refuse_side_doors
 from credit.domain_parallel.slab import Slab, inside_model, refuse, rules_of
 from credit.domain_parallel.whole_view import as_whole
@@ -64,7 +64,7 @@ class Border:
         """
         before = _generator_states()
         (args, kwargs), differing = self._enter(root, args, kwargs, before)
-        with inside_model(), gathers_refused(self.fallback == "refuse"):
+        with inside_model(self.group), gathers_refused(self.fallback == "refuse"):
             output = self.leave(forward(*args, **kwargs))
             refuse_side_doors(root)
         now = _generator_states() if differing else before
@@ -119,15 +119,15 @@ class Border:
                 with rules_of(type(x)):
                     refuse("leaving the model", "its output must be whole but for its rows")
             if not self.is_field(x):
-                return _Once.apply(whole(x), self.group)
+                return Once.apply(whole(x), self.group)
             axis = x.ndim + self.shard_dim
             if x.shape[axis] >= self.group.size:
                 return plain(x if x.cut == axis else reshard(x, axis)).local
-            return _Once.apply(whole(x), self.group)
+            return Once.apply(whole(x), self.group)
         if self.is_field(x) and x.shape[self.shard_dim] >= self.group.size:
             rows = Partition(x.shape[self.shard_dim], self.group.size).range(self.group.rank)
             return x.narrow(self.shard_dim, rows.start, len(rows))
-        return _Once.apply(x, self.group)
+        return Once.apply(x, self.group)
 
     def _describe(self, leaf: Any) -> Any:
         """What must agree across the domain group, and may decide a model's path through its layers."""
@@ -147,19 +147,6 @@ class Border:
             f"they must be equal in shape, type and mode: domain peers need the same batch, see "
             f"data_parallel_coords.\n{lines}"
         )
-
-
-class _Once(torch.autograd.Function):
-    """A whole tensor leaves the model on every rank: each computes the same loss, and the cotangent counts once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: RankGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x) if x.layout is torch.strided else x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return (grad if ctx.group.rank == 0 else torch.zeros_like(grad)), None
 
 
 def _generator_states() -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeGuard
 
 import torch
@@ -83,6 +83,7 @@ class _State(threading.local):
     Attributes:
         kind, func: of the slabs whose rule is running, and the torch function it is for.
         inside: a converted model is running.
+        group: the ranks that it runs on.
         refusal: the last refusal in it.
         observer: called with every torch function that meets a slab.
     """
@@ -90,6 +91,7 @@ class _State(threading.local):
     kind: type[Slab]
     func: Any = None
     inside = False
+    group: RankGroup | None = None
     refusal: DomainParallelError | None = None
     observer: Callable[[Any], None] | None = None
 
@@ -232,9 +234,21 @@ def rules_of(kind: type[Slab], func: Any = None) -> Iterator[None]:
         _state.kind, _state.func = before
 
 
+@contextmanager
+def met(func: Any) -> Iterator[None]:
+    """While `func`, of which torch tells no slab, is answered."""
+    if _state.observer is not None:
+        _state.observer(func)
+    with rules_of(Slab, func), torch._C.DisableTorchFunctionSubclass():
+        if not is_inside_model():
+            refuse(f"{name_of(func)}, outside of the model that made it,", "it left the model unseen", _SIDE_DOOR)
+        yield
+
+
 def name_of(func: Any) -> str:
     """A torch function as it is called."""
-    return torch.overrides.resolve_name(func) or str(func)
+    name = torch.overrides.resolve_name(func)
+    return name or (func.__qualname__ if isinstance(func, FunctionType) else str(func))
 
 
 def running() -> str:
@@ -352,22 +366,27 @@ def torch_functions(name: str) -> list[Any]:
 
 
 @contextmanager
-def inside_model() -> Iterator[None]:
-    """While a converted model runs, a plain tensor is whole; outside, it is a shard."""
-    before = _state.inside
-    _state.inside, _state.refusal = True, None
+def inside_model(group: RankGroup | None = None) -> Iterator[None]:
+    """While a converted model runs on the ranks of `group`, a plain tensor is whole; outside, it is a shard."""
+    before = _state.inside, _state.group
+    _state.inside, _state.group, _state.refusal = True, group, None
     try:
         yield
     except RuntimeError as error:
         # Scripted code turns every error into one of its own, without the text.
         raise (_state.refusal or error) from None
     finally:
-        _state.inside, _state.refusal = before, None
+        (_state.inside, _state.group), _state.refusal = before, None
 
 
 def is_inside_model() -> bool:
     """True in the forward of a converted model, and when checkpointing runs parts of it again."""
     return _state.inside or torch._C._current_graph_task_id() != -1
+
+
+def group_inside() -> RankGroup | None:
+    """The ranks of the converted model whose forward is running."""
+    return _state.group
 
 
 def refuse(call: str, reason: str, remedy: str = "") -> NoReturn:

@@ -23,8 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from credit.domain_parallel.manager import DomainParallelError
 from credit.domain_parallel.partition import Partition
-from credit.domain_parallel.reshard import part, whole
-from credit.domain_parallel.root import _Once
+from credit.domain_parallel.reshard import Once, part, whole
 from credit.domain_parallel.slab import Slab, inside_model
 from credit.domain_parallel.thread_ranks import DeadlockError, RankError, ThreadWorld, thread_ranks
 from credit.domain_parallel.whole_view import as_whole
@@ -136,7 +135,7 @@ def run_cut(call: Call, place: int, axis: int, group: Any, kind: type[Slab] = Sl
         def leave(x: Tensor) -> Tensor:
             x = _as_rows(as_whole(x), group)
             counted = kind is Slab and x.requires_grad  # what is whole beside channels has the whole cotangent
-            return _Once.apply(whole(x), group) if isinstance(x, Slab) or counted else x
+            return Once.apply(whole(x), group) if isinstance(x, Slab) or counted else x
 
         result = _run(call, leaves, leave)
     if result.error is None:

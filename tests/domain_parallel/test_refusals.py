@@ -13,16 +13,6 @@ from tests.domain_parallel import parity
 from tests.domain_parallel.operators import Call
 
 
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return 2 * grad
-
-
 @torch.jit.script
 def scripted(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
@@ -33,7 +23,6 @@ FUNCTIONS = {
     "as_strided": lambda x: torch.as_strided(x, (4, 4), (1, 4)),
     "squeeze_": lambda x: (x[:, :1] * 1).squeeze_(1),
     "autograd.grad": lambda x: torch.autograd.grad(x.sum(), x)[0],
-    "Doubled": lambda x: Doubled.apply(x) * 1,
     "use_reentrant=False": lambda x: checkpoint(torch.tanh, x, use_reentrant=True) * 1,
     "aten": scripted,
 }
