@@ -33,9 +33,10 @@ def getitem(input: Tensor, index: Any) -> Any:
         rows = found.tolist()
     y = rows_at(input, rows)
     rest = (*items[:at], slice(None), *items[at + 1 :])
-    if y is input:
-        return _index_others(input, rest)
-    return _index_others(y, rest) if is_slab(y) else y[rest]
+    if not is_slab(y):
+        return y[rest]
+    of_rows_alone = all(isinstance(i, slice) and i == slice(None) for i in rest)
+    return y if y is not input and of_rows_alone else _index_others(y, rest)
 
 
 def _whole_index(index: Any) -> Any:

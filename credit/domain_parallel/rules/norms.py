@@ -122,6 +122,10 @@ def _reduce_to(x: Tensor, shape: torch.Size | None) -> Tensor | None:
 
 def _combine(mean: Tensor | None, variance: Tensor, counts: tuple[int, ...], group: RankGroup) -> Moments:
     mine = torch.stack([torch.zeros_like(variance) if mean is None else mean, variance])
+    if len(set(counts)) == 1:
+        means, variances = group.all_gather(mine).unbind(1)
+        total = means.mean(0)
+        return total, (variances + (means - total).square()).mean(0)
     share = torch.tensor(counts, dtype=mine.dtype, device=mine.device) / sum(counts)
     share = share.view(-1, *[1] * variance.ndim)
     means, variances = group.all_gather(mine).unbind(1)
