@@ -285,9 +285,10 @@ def _can(step: Step, values: list[Tensor]) -> bool:
     return max(sizes) < MAX_ENTRIES and all(bool(value.isfinite().all()) for value in values)
 
 
-def _has_gradients(made: Program, x: Tensor) -> bool:
+def _has_gradients(made: Program, x: Tensor, seed: int) -> bool:
     """False if a value was changed that the backward needs: torch refuses that."""
     x = x.clone().requires_grad_()
+    torch.manual_seed(seed)
     try:
         outputs = [y for y in made(x * 1) if y.requires_grad]
         torch.autograd.grad(outputs, [x, made.scale], [torch.ones_like(y) for y in outputs], allow_unused=True)
@@ -311,7 +312,7 @@ class Quiet(nn.Module):
 def verdict(seed: int, ranks: int) -> str:
     """ "exact", "refused" and why, or what is wrong."""
     made, x = program(seed)
-    model: nn.Module = made if _has_gradients(made, x) else Quiet(made)
+    model: nn.Module = made if _has_gradients(made, x, seed) else Quiet(made)
     try:
         report = verify_parity(model, (x,), ranks=ranks, seed=seed)
     except (DomainParallelError, PartitionError) as error:
@@ -324,7 +325,7 @@ def verdict(seed: int, ranks: int) -> str:
 def verdict_on_channels(seed: int, world: ThreadWorld) -> str:
     """The same of a program between a column layer and a row layer, whose second axis is cut."""
     made, x = program(seed)
-    gradients = _has_gradients(made, x)
+    gradients = _has_gradients(made, x, seed)
 
     def call(x: Tensor, scale: Tensor) -> list[Tensor]:
         with torch.set_grad_enabled(gradients):
