@@ -22,7 +22,7 @@ QUICKSTART = CONFIGS / "quickstart.yaml"
 DEMOS = sorted(CONFIGS.glob("*_demo.yaml"))
 GRIDS = {"1deg": (181, 360), "0p25deg": (721, 1440)}
 LARGE = [path for path in sorted(CONFIGS.glob("*.yaml")) if path.stem.rpartition("_")[2] in GRIDS]
-DEADLINE_S = 120
+DEADLINE_S = 300
 
 
 def check(*words: str, where: Path, torchrun: int = 0) -> subprocess.CompletedProcess[str]:
