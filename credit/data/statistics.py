@@ -100,8 +100,9 @@ class Statistics:
 
     def climatology_of(self, predicted: list[str], grid: Grid) -> np.ndarray:
         """(channel, latitude, longitude) of these channels, in their order and the grid's."""
-        places = {"predicted": predicted, "latitude": grid.latitude, "longitude": grid.longitude}
-        return self.climatology.sel(places).values
+        places = {"latitude": grid.latitude, "longitude": grid.longitude}
+        # Nearest within rounding, as `origin_of` rounds: a store may have its coordinates in float32.
+        return self.climatology.sel(predicted=predicted).sel(places, method="nearest", tolerance=1e-4).values
 
 
 def origin_of(data: Data, grid: Grid) -> dict[str, str]:

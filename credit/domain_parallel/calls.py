@@ -168,14 +168,12 @@ def _as_expected(call: tuple, x: Tensor, one: Outcome, operands: list[Tensor], m
 
 def _compare(func: Any, results: list[Tensor], expected: list[Outcome]) -> None:
     """A rule that gives another shape or type than torch is wrong. (Autocast does not see tensors without values.)"""
-    for x, one in zip(results, expected, strict=False):
-        if x.shape != one.shape or (x.dtype != one.dtype and not _is_autocast()):
-            break
-    else:
-        if len(results) == len(expected):
-            return
-    ours, theirs = [(tuple(x.shape), x.dtype) for x in results], [(one.shape, one.dtype) for one in expected]
-    raise AssertionError(f"{func}: its rule gives {ours}, torch {theirs}")
+    if len(results) != len(expected) or any(
+        x.shape != one.shape or (x.dtype != one.dtype and not _is_autocast())
+        for x, one in zip(results, expected, strict=True)
+    ):
+        ours, theirs = [(tuple(x.shape), x.dtype) for x in results], [(one.shape, one.dtype) for one in expected]
+        raise AssertionError(f"{func}: its rule gives {ours}, torch {theirs}")
 
 
 def _is_autocast() -> bool:

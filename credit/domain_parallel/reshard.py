@@ -87,7 +87,7 @@ def cut_along(x: Tensor, axis: int, like: Slab) -> Tensor:
     """This rank's part of `x`, whole or a slab, whose `axis` runs along the cut of `like`."""
     if not is_slab(x):
         return own(x, axis, like)
-    return recut(x if x.cut == axis else reshard(x, axis), like.partition).local
+    return recut(reshard(x, axis), like.partition).local
 
 
 def is_dealt_evenly(slab: Slab, groups: int) -> bool:
@@ -105,7 +105,9 @@ def other_axis(slab: Slab, taken: tuple[int, ...] = ()) -> int | None:
 
 
 def reshard(slab: Slab, cut: int) -> Slab:
-    """The same tensor cut along another axis: an all-to-all in which every rank sends to every other once."""
+    """The same tensor cut along an axis: if that is another, an all-to-all in which every rank sends to each once."""
+    if slab.cut == cut:
+        return slab
     if slab.shape[cut] < slab.group.size:
         raise PartitionError(f"an axis of {slab.shape[cut]} entries cannot be cut over {slab.group.size} ranks")
     moved()

@@ -62,12 +62,12 @@ class Border:
             DomainParallelError: on every rank, if the inputs do not fit together, or if the model draws random
                 numbers that are not the same on all ranks.
         """
-        before = _generator_states()
+        before = generator_states()
         (args, kwargs), differing = self._enter(root, args, kwargs, before)
         with inside_model(self.group), gathers_refused(self.fallback == "refuse"):
             output = self.leave(forward(*args, **kwargs))
             refuse_side_doors(root)
-        now = _generator_states() if differing else before
+        now = generator_states() if differing else before
         drawn = [GENERATORS[i] for i in differing if now[i] != before[i]]
         if drawn:
             raise DomainParallelError(
@@ -122,7 +122,7 @@ class Border:
                 return Once.apply(whole(x), self.group)
             axis = x.ndim + self.shard_dim
             if x.shape[axis] >= self.group.size:
-                return plain(x if x.cut == axis else reshard(x, axis)).local
+                return plain(reshard(x, axis)).local
             return Once.apply(whole(x), self.group)
         if self.is_field(x) and x.shape[self.shard_dim] >= self.group.size:
             rows = Partition(x.shape[self.shard_dim], self.group.size).range(self.group.rank)
@@ -149,16 +149,21 @@ class Border:
         )
 
 
-def _generator_states() -> tuple[Any, ...]:
-    """Where the random generators stand, as in GENERATORS; torch's is the CPU's and the current accelerator's."""
-    ours: tuple = (_of_bytes(torch.get_rng_state().numpy().tobytes()),)
+def torch_generator_state() -> tuple[int, ...]:
+    """Where torch's random generators stand: the CPU's, and the current accelerator's."""
+    ours: tuple[int, ...] = (_of_bytes(torch.get_rng_state().numpy().tobytes()),)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         ours += (generator.initial_seed(), generator.get_offset())
+    return ours
+
+
+def generator_states() -> tuple[Any, ...]:
+    """Where the random generators stand, as in GENERATORS."""
     _, words, after = random.getstate()
     state = np.random.get_state(legacy=False)["state"]
     return (
-        ours,
+        torch_generator_state(),
         (hash(words), after),
         (state["pos"], _of_bytes(state["key"].tobytes())),
     )

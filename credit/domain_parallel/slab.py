@@ -192,9 +192,8 @@ class Slab(torch.Tensor):
         _state.kind, _state.func = Slab, func  # `rules_of`, in a third of its time
         try:
             with torch._C.DisableTorchFunctionSubclass():
-                if not is_inside_model() and func not in ASKS:
-                    what = f"{name_of(func)}, outside of the model that made it,"
-                    refuse(what, "it left the model unseen", _SIDE_DOOR)
+                if func not in ASKS:
+                    _refuse_outside(func)
                 return answers[0](func, args, kwargs or {}, types)
         finally:
             _state.kind, _state.func = before
@@ -240,9 +239,13 @@ def met(func: Any) -> Iterator[None]:
     if _state.observer is not None:
         _state.observer(func)
     with rules_of(Slab, func), torch._C.DisableTorchFunctionSubclass():
-        if not is_inside_model():
-            refuse(f"{name_of(func)}, outside of the model that made it,", "it left the model unseen", _SIDE_DOOR)
+        _refuse_outside(func)
         yield
+
+
+def _refuse_outside(func: Any) -> None:
+    if not is_inside_model():
+        refuse(f"{name_of(func)}, outside of the model that made it,", "it left the model unseen", _SIDE_DOOR)
 
 
 def name_of(func: Any) -> str:

@@ -107,10 +107,13 @@ class Checkpointer:
         """
         with together(f"reading the checkpoint {path}"):
             state = self._state()
-            if averaged and _has_average(path):
+            stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            if averaged and any(name.startswith("average.") for name in stored):
                 state = {"average": state["model"]}
-            if self.optimizer is not None:
-                state["optimizer"] = _with_gradients(path, state["optimizer"])
+            if "optimizer" in state:  # but parameters that had no gradient yet: they get zeros
+                known = {name.rpartition(".")[0] for name in stored}
+                ours = state["optimizer"].items()
+                state["optimizer"] = {name: x for name, x in ours if f"optimizer.{name}".rpartition(".")[0] in known}
             try:
                 _quietly(dcp.load, state, checkpoint_id=path)
             except (dcp.api.CheckpointException, ValueError, RuntimeError) as error:
@@ -171,18 +174,6 @@ def _copy(value: Any) -> Any:
     if isinstance(value, Pieces):
         return value.copied()
     return value.detach().cpu().clone() if isinstance(value, Tensor) else value
-
-
-def _has_average(path: Path) -> bool:
-    names = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    return any(name.startswith("average.") for name in names)
-
-
-def _with_gradients(path: Path, of_optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Without the parameters of which the checkpoint has no state at all: they had no gradient yet, and get zeros."""
-    names = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    stored = {name.removeprefix("optimizer.").rpartition(".")[0] for name in names if name.startswith("optimizer.")}
-    return {name: value for name, value in of_optimizer.items() if name.rpartition(".")[0] in stored}
 
 
 def export_plain(model: nn.Module, path: Path, state: dict[str, Any] | None = None) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from credit.domain_parallel.root import torch_generator_state
 from credit.errors import CreditError
 
 
@@ -105,9 +106,8 @@ class Recorded(_Draws):
 
     def draw(self, func: Any, args: tuple, kwargs: dict) -> Any:
         given = _seen(func, args)
-        before = _states(args, kwargs)
-        found = func(*args, **kwargs)
-        if any(not torch.equal(a, b) for a, b in zip(before, _states(args, kwargs), strict=True)):
+        found, drawn = _called(func, args, kwargs)
+        if drawn:
             self.seen.append(given)
         return found
 
@@ -128,9 +128,8 @@ class SampleDraws(_Draws):
     def draw(self, func: Any, args: tuple, kwargs: dict) -> Any:
         seen = _seen(func, args)
         if seen.shape not in self.plan.rows and seen.shape not in self.plan.fixed:
-            before = _states(args, kwargs)
-            found = func(*args, **kwargs)
-            if all(torch.equal(a, b) for a, b in zip(before, _states(args, kwargs), strict=True)):
+            found, drawn = _called(func, args, kwargs)
+            if not drawn:
                 return found  # attention without dropout, say
         rows = self.plan.of(seen.shape, seen.length, len(self.samples))
         key = int(torch.randint(2**62, ()))
@@ -188,10 +187,8 @@ def _seen(func: Any, args: tuple) -> Seen:
     return Seen(Shape(str(func), shape[1:], numbers), shape[0] if shape else 1)
 
 
-def _states(args: tuple, kwargs: dict) -> list[Tensor]:
-    """Of the generators that the call may draw from."""
-    states = [torch.default_generator.get_state()]
-    devices = {x.device for x in args if isinstance(x, Tensor)} | {kwargs.get("device")}
-    if any(getattr(device, "type", "cpu") == "cuda" for device in devices):
-        states.append(torch.cuda.get_rng_state())
-    return states
+def _called(func: Any, args: tuple, kwargs: dict) -> tuple[Any, bool]:
+    """func(*args, **kwargs), and whether it drew."""
+    before = torch_generator_state()
+    found = func(*args, **kwargs)
+    return found, torch_generator_state() != before

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from credit.domain_parallel.root import GENERATORS, generator_states
 from credit.domain_parallel.slab import class_name
 from credit.errors import ConfigError, CreditError
 from credit.parallel.draws import Plan, Recorded, SampleDraws
@@ -89,13 +90,7 @@ def look_at(model: nn.Module, forward: Forward, two: Tensor, is_shared_out: bool
         _refuse_lost(model, moving)
         if is_shared_out:
             _refuse_statistics(model, [name for name in of_data if name not in means])
-            if problem or not _are_same(first[0], both[0]):
-                raise ConfigError(
-                    f"{class_name(model)} does not give a sample of a batch what it gives the sample alone"
-                    f"{': ' + problem if problem else ', because it mixes samples or draws across them'}. So several "
-                    f"replicas, or trainer.accumulate, do not give the numbers of one device: take one replica (a "
-                    f"larger domain or tensor), and accumulate: 1"
-                )
+            _refuse_mixing(model, problem, _are_same(first[0], both[0]))
         restore_buffers(model, before)
         torch.manual_seed(1)
         unused = _unused(model, forward, one, look)
@@ -110,7 +105,7 @@ def _kept(model: nn.Module) -> Iterator[None]:
         ConfigError: if numpy's or Python's generator was used meanwhile.
     """
     before, was_training = _buffers(model), model.training
-    others: list[Any] = [np.random.get_state(), random.getstate()]
+    generators, python, numpy = generator_states(), random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         model.train()
@@ -119,15 +114,14 @@ def _kept(model: nn.Module) -> Iterator[None]:
         finally:
             model.train(was_training)
             restore_buffers(model, before)
-    now: list[Any] = [np.random.get_state(), random.getstate()]
-    np.random.set_state(others[0])
-    random.setstate(others[1])
-    for name, a, b in zip(("numpy", "Python"), others, now, strict=True):
-        if str(a) != str(b):
-            raise ConfigError(
-                f"{class_name(model)} draws from {name}'s generator in its forward, which is not the same on every "
-                f"rank, nor after a resume: draw with torch"
-            )
+    drawn = [name for name, a, b in zip(GENERATORS, generators, generator_states(), strict=True) if a != b]
+    random.setstate(python)
+    np.random.set_state(numpy)
+    if drawn:
+        raise ConfigError(
+            f"{class_name(model)} draws from {drawn[0]}'s generator in its forward, which is not the same on every "
+            f"rank, nor after a resume: draw with torch"
+        )
 
 
 def _recorded(forward: Forward, x: Tensor) -> list[Any]:
@@ -180,6 +174,16 @@ def _refuse_statistics(model: nn.Module, of_data: list[str]) -> None:
         )
 
 
+def _refuse_mixing(model: nn.Module, problem: str, is_apart: bool) -> None:
+    if problem or not is_apart:
+        raise ConfigError(
+            f"{class_name(model)} does not give a sample of a batch what it gives the sample alone"
+            f"{': ' + problem if problem else ', because it mixes samples or draws across them'}. So several replicas, "
+            f"or trainer.accumulate, do not give the numbers of one device: take one replica (a larger domain or "
+            f"tensor), and accumulate: 1"
+        )
+
+
 def _named(model: nn.Module, names: list[str]) -> str:
     owner = model.get_submodule(names[0].rpartition(".")[0])
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -205,12 +209,14 @@ class StepBuffers:
     parts and replicas.
 
     Args:
+        parts: of the batch.
         group: the replicas; None for one.
     """
 
-    def __init__(self, model: nn.Module, look: Look, group: dist.ProcessGroup | None) -> None:
-        self.model, self.means, self.group = model, look.means, group
-        self.first = {name: model.get_buffer(name).clone() for name in (*look.moving, *look.means)}
+    def __init__(self, model: nn.Module, look: Look, parts: int, group: dist.ProcessGroup | None) -> None:
+        self.model, self.means, self.parts, self.group = model, look.means, parts, group
+        changing = (*look.moving, *look.means) if parts > 1 else ()
+        self.first = {name: model.get_buffer(name).clone() for name in changing}
         self.totals: dict[str, Tensor] = {}
 
     def begin_part(self) -> None:
@@ -221,11 +227,9 @@ class StepBuffers:
             value = self.model.get_buffer(name).detach()
             self.totals[name] = self.totals[name] + value if name in self.totals else value.clone()
 
-    def end_step(self, parts: int) -> None:
+    def end_step(self) -> None:
         """Called by all replicas."""
-        replicas = 1
-        if self.group is not None and self.totals:
-            replicas = self.group.size()
-            for total in self.totals.values():
-                dist.all_reduce(total, group=self.group)
-        restore_buffers(self.model, {name: total / (parts * replicas) for name, total in self.totals.items()})
+        replicas = 1 if self.group is None else self.group.size()
+        for total in self.totals.values() if replicas > 1 else ():
+            dist.all_reduce(total, group=self.group)
+        restore_buffers(self.model, {name: total / (self.parts * replicas) for name, total in self.totals.items()})

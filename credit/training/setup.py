@@ -57,9 +57,9 @@ def prepare_training(job: Job, fields: Fields) -> tuple[nn.Module, Look]:
     """
     trainer = job.config.trainer
     model, dtype = _cut_model(job, fields), getattr(torch, trainer.dtype)
-    generator = torch.Generator().manual_seed(trainer.seed)
-    shape = (2, fields.input_channels, *fields.store.grid.shape)
-    two = torch.randn(shape, generator=generator)[..., fields.rows.start : fields.rows.stop, :].to(job.device, dtype)
+    generator = torch.Generator().manual_seed(hash((trainer.seed, job.coords.domain)) % 2**63)
+    shape = (2, fields.input_channels, len(fields.rows), fields.store.grid.shape[1])
+    two = torch.randn(shape, generator=generator).to(job.device, dtype)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(job.device.type, torch.bfloat16, enabled=trainer.amp == "bf16"):

@@ -199,7 +199,7 @@ class TrainingRun:
         share = torch.zeros((), dtype=torch.float64, device=self.job.device)
         at_once = 1 if self.trainer.rollout_detach else self.trainer.rollout
         parts, stages = self.trainer.accumulate, self.trainer.rollout // at_once
-        buffers = StepBuffers(get_raw_model(self.model), self.look, self.job.replicas)
+        buffers = StepBuffers(get_raw_model(self.model), self.look, parts, self.job.replicas)
         for part in range(parts):
             size = len(batch["weight"]) // parts
             piece = {name: value[part * size : (part + 1) * size] for name, value in batch.items()}
@@ -214,7 +214,7 @@ class TrainingRun:
                         (loss * ranks).backward()  # averaged over `ranks`, gradients are those of the global mean
                     share += loss.detach()
             buffers.end_part()
-        buffers.end_step(parts)
+        buffers.end_step()
         return share / self.job.shape.tp
 
     def _members_of(self, batch: dict[str, Tensor]) -> list[tuple[int, int]]:

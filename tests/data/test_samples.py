@@ -170,7 +170,8 @@ def test_the_climatology_is_found_by_name_and_place(config) -> None:
     statistics = load_fields_statistics(config, store)
     names = [channel.name for channel in store.channels(config.data.variables, config.data.levels)]
     turned = replace(statistics, climatology=statistics.climatology.isel(latitude=slice(None, None, -1)))
-    turned.save(config.stats_path)
+    places = {axis: turned.climatology[axis] + 2e-5 for axis in ("latitude", "longitude")}
+    replace(turned, climatology=turned.climatology.assign_coords(places)).save(config.stats_path)
     found = load_fields_statistics(config, store)
     np.testing.assert_array_equal(
         found.climatology_of(names[::-1], store.grid), statistics.climatology_of(names, store.grid)[::-1]

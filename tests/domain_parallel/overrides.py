@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -56,7 +55,7 @@ def guesses() -> Iterator[tuple[tuple, dict]]:
     yield ((x.detach() * 3).long().abs(), 2), {}
 
 
-def calls(every: int = 1) -> Iterator[tuple[str, database.Call]]:
+def calls(every: int = 1) -> Iterator[tuple[str, database.Call, database.Result]]:
     """Of every function: each n-th that it takes of the guesses, others of the next function."""
     for number, func in enumerate(get_testing_overrides()):
         name = resolve_name(func) or str(func)
@@ -64,20 +63,10 @@ def calls(every: int = 1) -> Iterator[tuple[str, database.Call]]:
             continue
         for args, kwargs in list(guesses())[number % every :: every]:
             leaves, structure = tree_flatten((args, kwargs))
-            call = database.Call(f"{name} {len(leaves)}", _without_warnings(func), leaves, structure)
-            call.first_changes = _changes(name)
+            call = database.Call(f"{name} {len(leaves)}", func, leaves, structure, _changes(name))
             theirs = database.run_plain(call)
             if theirs.error is None and _is_a_number(theirs.values) and _is_settled(call, theirs):
-                yield name, call
-
-
-def _without_warnings(func: Callable) -> Callable:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return func(*args, **kwargs)
-
-    return call
+                yield name, call, theirs
 
 
 def _changes(name: str) -> bool:
@@ -98,11 +87,10 @@ def judge(world: ThreadWorld, names: list[str], seen: Callable[[str, str], None]
     """Verdicts on every n-th call, counted by their first word; `seen` is called with the function's name and each."""
     counts: Counter = Counter()
     functions: set[str] = set()
-    for name, call in calls(every):
+    for name, call, theirs in calls(every):
         if names and not any(part in name for part in names):
             continue
         functions.add(name)
-        theirs = database.run_plain(call)
         for place, axis in list(database.cuts_of(call, world.size))[::2]:
             found = database.verdict(world, call, place, axis, theirs, TOLERANCE)
             counts[found.partition(" ")[0]] += 1

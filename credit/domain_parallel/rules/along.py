@@ -216,8 +216,7 @@ def unfold(input: Slab, dimension: int, size: int, step: int) -> Any:
     if cut is None:
         return whole(input).unfold(axis, size, step)
     there = reshard(input, cut)
-    moved = there.like(there.local.unfold(axis, size, step))
-    return reshard(moved, axis) if moved.shape[axis] >= input.group.size else whole(moved)
+    return back(there.local.unfold(axis, size, step), there, axis)
 
 
 @rule("gradient")

@@ -57,7 +57,7 @@ def sparse_product(input: Tensor, dense: Tensor) -> Any:
     """A whole sparse matrix times a field whose rows are cut: with its columns cut instead."""
     if input.layout is torch.strided or not is_slab(dense) or dense.ndim != 2:
         raise Declined
-    there = dense if dense.cut == 1 else reshard(dense, 1)
+    there = reshard(dense, 1)
     return back(torch.sparse.mm(input, there.local), there, dense.cut)
 
 

@@ -14,7 +14,8 @@ from credit.domain_parallel.reshard import AllSum, cut_along
 from credit.domain_parallel.rules.contract import run_body
 from credit.domain_parallel.rules.pointwise import pointwise
 from credit.domain_parallel.rules.reductions import mean, sum_
-from credit.domain_parallel.slab import COMPOSITE, Declined, Slab, is_slab, register_rule, rule
+from credit.domain_parallel.rules.scatter import decline_out_of_range
+from credit.domain_parallel.slab import COMPOSITE, Declined, is_slab, register_rule, rule
 
 REDUCTIONS: dict[str, Any] = {"none": lambda x: x, "mean": mean, "sum": sum_}
 
@@ -82,7 +83,7 @@ def _of_classes(loss: Any, x: Tensor, target: Tensor, weight: Tensor | None, ign
     cut = x.cut - (x.cut > 1)
     mine = cut_along(target, cut if numbered else x.cut, x)
     if numbered:
-        _refuse_other_classes(mine, x, ignored)
+        decline_out_of_range(target, x.shape[1], x, ignored)
     each = x.like(loss(x.local, mine, weight, ignore_index=ignored, reduction="none"), cut)
     if reduction != "mean" or not numbered:
         return REDUCTIONS[reduction](each)
@@ -91,15 +92,6 @@ def _of_classes(loss: Any, x: Tensor, target: Tensor, weight: Tensor | None, ign
     if weight is not None:
         shares = shares * weight[torch.where(counted, mine, 0)]
     return sum_(each) / AllSum.apply(shares.sum(), x.group)
-
-
-def _refuse_other_classes(mine: Tensor, x: Slab, ignore_index: int) -> None:
-    """A class that there is not would stop the ranks alone that have it; gathered, it stops all."""
-    if mine.device.type != "cpu":
-        return
-    other = ((mine < 0) | (mine >= x.shape[1])) & (mine != ignore_index)
-    if bool(x.group.all_reduce(other.any().to(torch.float32), "max")):
-        raise Declined
 
 
 COMPOSITE[F.gaussian_nll_loss] = run_body(F.gaussian_nll_loss)

@@ -122,15 +122,17 @@ def _reduce_to(x: Tensor, shape: torch.Size | None) -> Tensor | None:
 
 def _combine(mean: Tensor | None, variance: Tensor, counts: tuple[int, ...], group: RankGroup) -> Moments:
     mine = torch.stack([torch.zeros_like(variance) if mean is None else mean, variance])
-    if len(set(counts)) == 1:
-        means, variances = group.all_gather(mine).unbind(1)
-        total = means.mean(0)
-        return total, (variances + (means - total).square()).mean(0)
-    share = torch.tensor(counts, dtype=mine.dtype, device=mine.device) / sum(counts)
-    share = share.view(-1, *[1] * variance.ndim)
     means, variances = group.all_gather(mine).unbind(1)
-    total = (share * means).sum(0)
-    return total, (share * (variances + (means - total).square())).sum(0)
+    total = _average(means, counts)
+    return total, _average(variances + (means - total).square(), counts)
+
+
+def _average(x: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Over the ranks, the first axis, each of which has so many entries."""
+    if len(set(counts)) == 1:
+        return x.mean(0)
+    share = torch.tensor(counts, dtype=x.dtype, device=x.device) / sum(counts)
+    return (share.view(-1, *[1] * (x.ndim - 1)) * x).sum(0)
 
 
 def standardize(

@@ -339,7 +339,7 @@ def unfold(input: Slab, kernel_size: Any, dilation: Any = 1, padding: Any = 0, s
     cut = input.cut if input.cut < 2 else other_axis(input, tuple(range(2, input.ndim)))
     if cut is None:
         return F.unfold(whole(input), kernel_size, dilation, padding, stride)
-    x = input if cut == input.cut else reshard(input, cut)
+    x = reshard(input, cut)
     p = x.partition
     inner = p.inner * prod(per_axis(kernel_size, 2)) if cut == 1 else p.inner
     local = F.unfold(x.local, kernel_size, dilation, padding, stride)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from credit.domain_parallel.binding import bind
-from credit.domain_parallel.outcome import tensors_in
+from credit.domain_parallel.outcome import replaced
 from credit.domain_parallel.reshard import cut_along, reshard
 from credit.domain_parallel.slab import Declined, is_slab, register_rule, torch_functions
 
@@ -23,9 +21,9 @@ def _recurrent(func: Any) -> Any:
         if x.ndim != 3 or any(map(is_slab, weights)) or (given["train"] and given["dropout"]):
             raise Declined  # masks are drawn of a sequence
         batch = 0 if given["batch_first"] else 1
-        there = x if x.cut == batch else reshard(x, batch)
-        mine = [cut_along(h, 1, there) for h in tensors_in(states)]
-        out, *last = func(there.local, mine[0] if isinstance(states, Tensor) else mine, weights, **given)
+        there = reshard(x, batch)
+        mine = replaced(states, lambda h: cut_along(h, 1, there))
+        out, *last = func(there.local, mine, weights, **given)
         return there.like(out, batch), *[there.like(h, 1) for h in last]
 
     return call
@@ -41,10 +39,9 @@ def _cell(func: Any) -> Any:
         x, states = given.pop("input"), given.pop("hx")
         if x.ndim != 2 or any(map(is_slab, given.values())):
             raise Declined
-        there = x if x.cut == 0 else reshard(x, 0)
-        mine = [cut_along(h, 0, there) for h in tensors_in(states)]
-        out = func(there.local, mine[0] if isinstance(states, Tensor) else mine, **given)
-        return there.like(out, 0) if isinstance(out, Tensor) else tuple(there.like(h, 0) for h in out)
+        there = reshard(x, 0)
+        mine = replaced(states, lambda h: cut_along(h, 0, there))
+        return replaced(func(there.local, mine, **given), lambda h: there.like(h, 0))
 
     return call
 

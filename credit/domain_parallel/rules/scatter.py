@@ -39,7 +39,7 @@ def beside(
     if not alike:
         raise Declined
     cut = like.cut if like.cut in alike else alike[0]
-    there = like if cut == like.cut else reshard(like, cut)
+    there = reshard(like, cut)
     found = function(*[whole(x) if x.shape[cut] < like.shape[cut] else cut_along(x, cut, there) for x in operands])
     return back(found, there, like.cut)
 
@@ -49,12 +49,13 @@ def _is_alike(operands: Sequence[Tensor], axis: int, broadcast: bool) -> bool:
     return len(lengths) == 1 or (broadcast and len(lengths) == 2 and 1 in lengths)
 
 
-def _refuse_out_of_range(index: Tensor, length: int, like: Slab) -> None:
-    """Such an entry would stop the ranks alone that have it; gathered, it stops all."""
+def decline_out_of_range(index: Tensor, length: int, like: Slab, allowed: int | None = None) -> None:
+    """An entry that is none of 0 to length - 1 would stop the ranks alone that have it; gathered, it stops all."""
     mine = index.local if is_slab(index) else index
     if mine.device.type != "cpu":
         return
-    out = bool(((mine < 0) | (mine >= length)).any())
+    beyond = (mine < 0) | (mine >= length)
+    out = bool((beyond if allowed is None else beyond & (mine != allowed)).any())
     if is_slab(index):
         out = bool(like.group.all_reduce(torch.tensor(float(out)), "max"))
     if out:
@@ -66,7 +67,7 @@ def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False)
     if input.ndim == 0 or sparse_grad:
         raise Declined
     axis = axis_of(input, dim)
-    _refuse_out_of_range(index, input.shape[axis], lead((input, index)))
+    decline_out_of_range(index, input.shape[axis], lead((input, index)))
     return beside(lambda x, i: torch.gather(x, axis, i), (input, index), (axis,))
 
 
@@ -75,7 +76,7 @@ def take_along_dim(input: Tensor, indices: Tensor, dim: int | None = None) -> An
     if dim is None:
         raise Declined
     axis = axis_of(input, dim)
-    _refuse_out_of_range(indices, input.shape[axis], lead((input, indices)))
+    decline_out_of_range(indices, input.shape[axis], lead((input, indices)))
     return beside(lambda x, i: torch.take_along_dim(x, i, axis), (input, indices), (axis,), broadcast=True)
 
 
@@ -97,7 +98,7 @@ def _indexed(func: Any) -> Any:
         others = {key: given.pop(key) for key in ("src", "source") if isinstance(given.get(key), Tensor)}
         given = {key: whole(x) for key, x in given.items()}
         operands = [target, *others.values()] if of_axis else [target, index, *others.values()]
-        _refuse_out_of_range(index, target.shape[axis], lead((*operands, index)))
+        decline_out_of_range(index, target.shape[axis], lead((*operands, index)))
         index = whole(index) if of_axis else index
 
         def local(x: Tensor, *rest: Tensor) -> Tensor:
@@ -133,27 +134,18 @@ for _name in ("scatter", "scatter_add", "scatter_reduce", "index_add", "index_co
         register_rule(_func, _indexed(_func))
 
 
-def _cross(input: Tensor, other: Tensor, dim: int | None = None) -> Any:
-    like = lead((input, other))
-    if input.ndim != other.ndim:
-        raise Declined
-    axis = input.shape.index(3) if dim is None and 3 in input.shape else dim
-    if axis is None:
-        raise Declined
-    axis = axis_of(like, axis)
-    return beside(lambda a, b: torch.linalg.cross(a, b, dim=axis), (input, other), (axis,), broadcast=True)
-
-
 @rule("linalg.cross")
 def linalg_cross(input: Tensor, other: Tensor, *, dim: int = -1) -> Any:
-    return _cross(input, other, dim)
+    axis = axis_of(lead((input, other)), dim)
+    return beside(lambda a, b: torch.linalg.cross(a, b, dim=axis), (input, other), (axis,), broadcast=True)
 
 
 @rule("torch.cross", "Tensor.cross")
 def cross(input: Tensor, other: Tensor, dim: int | None = None) -> Any:
-    if input.shape != other.shape:
+    """Without `dim`, along the first axis of length 3."""
+    if input.shape != other.shape or (dim is None and 3 not in input.shape):
         raise Declined
-    return _cross(input, other, dim)
+    return linalg_cross(input, other, dim=input.shape.index(3) if dim is None else dim)
 
 
 @rule("index_put")
@@ -164,9 +156,8 @@ def index_put(input: Tensor, indices: Any, values: Tensor, accumulate: bool = Fa
         raise Declined
     if first.dtype == torch.bool or tuple(values.shape) != (len(first), *input.shape[1:]):
         raise Declined
-    _refuse_out_of_range(first, input.shape[0], lead((input, values)))
-    rows = first % input.shape[0]
-    return beside(lambda x, y: x.index_add(0, rows, y), (input, values), (0,))
+    decline_out_of_range(first, input.shape[0], lead((input, values)))
+    return beside(lambda x, y: x.index_add(0, first, y), (input, values), (0,))
 
 
 @rule("F.embedding")
@@ -179,7 +170,7 @@ def embedding(
 ) -> Any:
     if not is_slab(input) or is_slab(weight) or scale_grad_by_freq or sparse:
         raise Declined
-    _refuse_out_of_range(input, weight.shape[0], input)
+    decline_out_of_range(input, weight.shape[0], input)
     return input.like(F.embedding(input.local, weight, padding_idx))
 
 
@@ -187,7 +178,7 @@ def embedding(
 def one_hot(input: Slab, num_classes: int = -1) -> Slab:
     if num_classes < 1:
         raise Declined  # as many as the largest entry tells
-    _refuse_out_of_range(input, num_classes, input)
+    decline_out_of_range(input, num_classes, input)
     return input.like(F.one_hot(input.local, num_classes))
 
 

@@ -268,7 +268,7 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
     pieces, top = [], 0
     for x in tensors:
         if is_slab(x):
-            x = x if x.cut == dim else reshard(x, dim)
+            x = reshard(x, dim)
             pieces.append(_share(x, top, target))
         else:
             start, stop = (min(max(row - top, 0), x.shape[dim]) for row in (mine.start, mine.stop))
