@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
 RANKS ?= 4
+SCRIPTS := .ci/run $(wildcard hpc/*.sh hpc/*.pbs containers/*.sh)
 
 # One thread a rank: ranks share the cores.
 export OMP_NUM_THREADS := 1
@@ -17,7 +18,7 @@ help:
 	@echo "make test         set up, lint, run all tests that need no system package"
 	@echo "make test-cluster run those of a real Slurm, MPI, Apptainer and OCI images (root, on Debian)"
 	@echo "make test-all     both, every mesh for every model, and compiled code (half an hour more)"
-	@echo "make lint         ruff and mypy"
+	@echo "make lint         ruff, mypy, the order of imports, shellcheck"
 	@echo "make sif          build credit.sif with apptainer (containers/build.sh --help: other bases)"
 	@echo "make image        build the image credit:latest with docker, podman or buildah"
 
@@ -49,6 +50,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy credit
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/shellcheck $(SCRIPTS)
 
 sif:
 	containers/build.sh sif

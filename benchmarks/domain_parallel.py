@@ -33,7 +33,7 @@ from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
 from credit.config import load_config
 from credit.domain_parallel import DomainParallelManager, convert_to_domain_parallel, layers, shard_tensor
-from credit.domain_parallel.rules import windows
+from credit.domain_parallel.rules import convolution
 from credit.models import DOMAIN_CONVERTERS, build_model
 from credit.models.unet import UNet
 
@@ -63,7 +63,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "pangu": (lambda: model_of("pangu_demo", (181, 360)), (1, 5, 181, 360)),
     "unet-globe": (lambda: UNet(8, 8, (721, 1440), width=16, levels=2), (1, 8, 721, 1440)),
 }
-KEEPS_ROWS = windows.keeps_rows
+KEEPS_ROWS = convolution.keeps_rows
 
 
 Step = Callable[[nn.Module, Tensor], None]
@@ -110,7 +110,7 @@ def variant_of(name: str, plain: nn.Module, x: Tensor, manager: DomainParallelMa
     if name == "dtensor":
         mesh = dist.init_device_mesh("cpu", (manager.domain_world_size,))
         return distribute_module(copy.deepcopy(plain), mesh), distribute_tensor(x, mesh, [Shard(3)])
-    windows.keeps_rows = layers.keeps_rows = KEEPS_ROWS if name == "added" else lambda *unused: False
+    convolution.keeps_rows = layers.keeps_rows = KEEPS_ROWS if name == "added" else lambda *unused: False
     model = convert_to_domain_parallel(copy.deepcopy(plain), manager, custom_converters=DOMAIN_CONVERTERS)
     return model, shard_tensor(x, -2, manager)
 

@@ -36,6 +36,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from credit.config.parallelism import Sharding
 from credit.domain_parallel import DomainParallelManager
 from credit.models import DOMAIN_CONVERTERS
 from credit.models.transformer import WindowTransformer
@@ -44,7 +45,7 @@ from credit.parallel.fsdp2 import synchronize_gradients
 from credit.parallel.mesh import MeshShape, build_device_mesh
 from credit.parallel.meters import Wire
 from credit.parallel.parallelize import parallelize, reduce_gradients
-from credit.parallel.plan import Planner
+from credit.parallel.plan import Planner, Work
 from credit.parallel.tensor_parallel import cut_layers
 
 FIELD, WIDTH, DEPTH, BATCH = (8, 64, 64), 64, 4, 8
@@ -88,7 +89,7 @@ def report(shape: MeshShape, data: str, given: dict, seen: tuple[int, int, int],
     """Print one line. `inside`: numbers of the whole cut layers."""
     size = 4 * (sum(p.numel() for p in build().parameters()) - inside + inside / shape.tp)
     kept = 3 * size / (shape.dp * shape.domain if data == "fsdp2" else 1)
-    least = Planner(build, FIELD, given, DOMAIN_CONVERTERS).cost(shape)
+    least = Planner(build, FIELD, Sharding.of(given), Work(BATCH), DOMAIN_CONVERTERS).cost(shape)
     sent, calls = least.data + least.tensor + least.domain, least.messages + least.collectives + 1
     print(
         f"{shape.dp:3d} {shape.tp:3d} {shape.domain:6d}  {data:5s} {seen[0] / 1e6:8.3f} {seen[0] / kept:9.3f}"

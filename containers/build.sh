@@ -68,11 +68,14 @@ index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 if compgen -G "${PIP_FIND_LINKS:-/nowhere}/torch-*.whl" > /dev/null; then index=""; fi
 
 version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' credit/__init__.py)
-revision=$(git rev-parse HEAD 2> /dev/null || echo unknown)
-if [ -n "$(git status --porcelain -- pyproject.toml constraints.txt credit hpc containers 2> /dev/null)" ]; then
-  revision+=-dirty
+revision=unknown SOURCE_DATE_EPOCH=0
+if [ "$(git rev-parse --show-toplevel 2> /dev/null)" = "$PWD" ]; then  # not a repository around these sources
+  revision=$(git rev-parse HEAD)
+  if [ -n "$(git status --porcelain -- pyproject.toml constraints.txt credit configs hpc containers)" ]; then
+    revision+=-dirty
+  fi
+  SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
 fi
-SOURCE_DATE_EPOCH=$(git log -1 --format=%ct 2> /dev/null || echo 0)
 export SOURCE_DATE_EPOCH  # two builds of a commit differ in no time stamp
 arguments=(PIP_CONFIG_FILE=/mnt/pip.conf "TORCH_INDEX=$index" "VERSION=$version" "REVISION=$revision")
 

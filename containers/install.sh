@@ -1,6 +1,6 @@
 #!/bin/sh
 # Install credit and what it needs into /opt/credit, inside a base image. The one recipe of Dockerfile and credit.def.
-#   install.sh SOURCE      SOURCE holds pyproject.toml, README.md, constraints.txt, credit and hpc
+#   install.sh SOURCE      SOURCE is a checkout, or what `credit init --container` writes
 # PIP_CONFIG_FILE and TORCH_INDEX, if not empty, say where packages come from.
 set -eu
 cd "$1"
@@ -28,7 +28,7 @@ fi
 export PIP_CONSTRAINT=/tmp/constraints.txt
 $target/bin/pip wheel --quiet --no-deps --wheel-dir /tmp/wheel .
 wheel=$(echo /tmp/wheel/*.whl)
-$target/bin/pip install --quiet "$wheel[plots,mpi]"
+$target/bin/pip install --quiet "${wheel}[plots,mpi,remote]"
 
 # What nobody runs: test suites, generated C, headers (there is no compiler), and the installer itself.
 $target/bin/pip uninstall --quiet --yes pip

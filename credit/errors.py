@@ -1,27 +1,44 @@
-"""Errors for users: one paragraph that says what, where, and how to mend it. The CLI prints them bare."""
+"""Errors for users: one paragraph that says where, what, and how to fix it. The CLI prints them bare."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class CreditError(Exception):
-    """Something the user can mend: a config, a file, a layout."""
+    """Something the user can fix: a config, a file, a layout.
+
+    Attributes:
+        what: the words, which need neither of the others where they say all.
+        where: dotted path of the config, or a file; empty where `what` names it.
+        fix: the way out; empty where `what` says it.
+    """
 
     exit_code = 2
+
+    def __init__(self, what: str, where: str = "", fix: str = "") -> None:
+        super().__init__(what, where, fix)
+        self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        placed = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{placed}; {self.fix}" if self.fix else placed
 
 
 class ConfigError(CreditError):
     """The config asks for something that does not exist or does not fit.
 
     Attributes:
-        problems: the message, one problem at a time, each "dotted.path: what" where it has a path.
+        problems: one error each, where there are several.
     """
 
-    def __init__(self, message: str, problems: list[str] | None = None) -> None:
-        super().__init__(message)
-        self.problems = problems or [message]
+    def __init__(self, what: str, where: str = "", fix: str = "", problems: Sequence[CreditError] = ()) -> None:
+        super().__init__(what, where, fix)
+        self.problems = [*problems] or [self]
 
-    def __reduce__(self) -> tuple:
-        return type(self), (str(self), self.problems)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, [one for one in self.problems if one is not self])
 
 
 class DataError(CreditError):
@@ -34,6 +51,12 @@ class LaunchError(CreditError):
 
 class CheckpointError(CreditError):
     """A checkpoint cannot be read, or belongs to another run."""
+
+
+class UnforeseenError(CreditError):
+    """What nobody foresaw, from code of the user's or of ours: its type and place; `fix` names the traceback's file."""
+
+    exit_code = 1
 
 
 class Stopped(CreditError):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from credit.boundary import explained
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -20,6 +22,12 @@ class Finding:
     where: str
     message: str
     fix: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException, where: str) -> Finding:
+        """What an error says; it knows better than `where` what it is about, if it says so."""
+        ours = explained(error)
+        return cls("error", ours.where or where, ours.what, ours.fix)
 
     def __str__(self) -> str:
         return f"{self.severity:8s} {self.where}: {self.message}" + (f". {self.fix}" if self.fix else "")

@@ -5,13 +5,12 @@ Ranks are row-major over (dp, tp, domain), domain innermost: rank = (dp * tp_siz
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-DATA_MODES = ("fsdp2", "ddp", "none")
-DEFAULTS: dict[str, Any] = {"data": "none", "tensor": 1, "domain": 1}
+from credit.config.loading import said_of
+from credit.config.parallelism import Conf, Parallelism, Sharding, trainer_of
 
 
 class MeshShape(NamedTuple):
@@ -29,11 +28,12 @@ class Seat(NamedTuple):
     device: str
 
 
-def parse_parallelism_conf(conf: dict) -> dict:
+def parse_parallelism_conf(conf: Conf) -> dict[str, Any]:
     """The normalised `trainer.parallelism` block of a training config.
 
     Args:
-        conf: the whole config; the block may be missing (one device) or incomplete.
+        conf: the whole config as a dictionary, in which the block may be missing (one device) or incomplete; or its
+            `Sharding`.
 
     Returns:
         {"data": "fsdp2" | "ddp" | "none", "tensor": int, "domain": int}
@@ -41,22 +41,13 @@ def parse_parallelism_conf(conf: dict) -> dict:
     Raises:
         ValueError: on an unknown key or data mode, or a degree that is not a positive integer.
     """
-    block = (conf.get("trainer") or {}).get("parallelism") or {}
-    for key in block:
-        if key not in DEFAULTS:
-            near = difflib.get_close_matches(key, DEFAULTS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(DEFAULTS)}"
-            raise ValueError(f"trainer.parallelism: unknown key {key!r}{hint}")
-    parsed = {**DEFAULTS, **block}
-    if parsed["data"] not in DATA_MODES:
-        raise ValueError(f"trainer.parallelism.data is {parsed['data']!r}, not one of {', '.join(DATA_MODES)}")
-    for key in ("tensor", "domain"):
-        if not isinstance(parsed[key], int) or isinstance(parsed[key], bool) or parsed[key] < 1:
-            raise ValueError(f"trainer.parallelism.{key} must be an integer of at least 1, got {parsed[key]!r}")
-    return parsed
+    if isinstance(conf, Sharding):
+        return conf.parallelism.model_dump()
+    with said_of("trainer", "parallelism"):
+        return Parallelism.model_validate(dict(trainer_of(conf)).pop("parallelism", None) or {}).model_dump()
 
 
-def dp_world_size(parallelism_conf: dict, world_size: int) -> int:
+def dp_world_size(parallelism_conf: dict[str, Any], world_size: int) -> int:
     """Number of data-parallel replicas: world_size / (tensor * domain).
 
     Raises:
@@ -74,10 +65,25 @@ def dp_world_size(parallelism_conf: dict, world_size: int) -> int:
     return world_size // replica
 
 
-def mesh_shape(parallelism_conf: dict, world_size: int) -> MeshShape:
+def mesh_shape(parallelism_conf: dict[str, Any], world_size: int) -> MeshShape:
     """Sizes of (dp, tp, domain) for `world_size` ranks."""
     dp = dp_world_size(parallelism_conf, world_size)
     return MeshShape(dp, parallelism_conf["tensor"], parallelism_conf["domain"])
+
+
+def joined_mesh_shape(parallelism_conf: dict[str, Any], world_size: int) -> MeshShape:
+    """`mesh_shape` of ranks that are to train together.
+
+    Raises:
+        ValueError: if the world does not divide, or holds several replicas that `data: none` would never join.
+    """
+    shape = mesh_shape(parallelism_conf, world_size)
+    if shape.dp > 1 and parallelism_conf["data"] == "none":
+        raise ValueError(
+            f"{world_size} ranks make {shape.dp} replicas, which data: none would train apart from each other: "
+            f"set trainer.parallelism.data to ddp or fsdp2, or start {world_size // shape.dp} ranks"
+        )
+    return shape
 
 
 def mesh_coords(shape: MeshShape, rank: int) -> MeshShape:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
-from credit.errors import LaunchError, Stopped
+from credit.errors import DataError, LaunchError, Stopped
+from credit.files import write_atomically
+from credit.reading import read_json
 
 FILE = "status.json"
 CLAIM_S = 30.0
@@ -53,20 +56,32 @@ def claimed(run: Path) -> Iterator[None]:
         yield
 
 
-def write_status(run: Path, state: str, step: int, steps: int) -> None:
-    """`state` is "running", "stopped" (saved, to be gone on with) or "finished"."""
-    partial = run / f".{FILE}.partial"
-    partial.write_text(json.dumps({"state": state, "step": step, "steps": steps}) + "\n")
-    os.replace(partial, run / FILE)
+def refuse_removed(run: Path) -> None:
+    """Raise a LaunchError if the run directory is not the one that was claimed."""
+    if not (run / ".lock").exists():
+        raise LaunchError(f"{run} was removed while this job ran, with its checkpoints: the same command starts again")
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run is; stopped: saved, to be resumed."""
+
+    state: Literal["running", "stopped", "finished"]
+    step: int
+    steps: int
+
+
+def write_status(run: Path, status: Status) -> None:
+    write_atomically(run / FILE, json.dumps(asdict(status)) + "\n")
 
 
 def read_status(run: Path) -> tuple[str, int]:
     """(a line for people, exit code: 0 finished, 75 stopped by a signal, 1 anything else)."""
     try:
-        status = json.loads((run / FILE).read_text())
+        status = read_json(run / FILE, Status, DataError, "the next training writes it anew")
     except FileNotFoundError:
         return f"{run}: no training has begun", 1
-    line = f"{run}: {status['state']}, step {status['step']} of {status['steps']}"
-    if status["state"] == "running":
-        line += " when it began; it runs, or was ended without a signal"
-    return line, {"finished": 0, "stopped": Stopped.exit_code}.get(status["state"], 1)
+    line = f"{run}: {status.state}, step {status.step} of {status.steps}"
+    if status.state == "running":
+        line += " when it started; it is running, or was killed"
+    return line, {"finished": 0, "stopped": Stopped.exit_code}.get(status.state, 1)

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Train over several nodes of NERSC Perlmutter. Written by `python -m credit.launch.sites` from
-# hpc/sites/perlmutter.yaml: edit that.
-#   sbatch -A PROJECT -N 4 hpc/perlmutter.sh my.yaml [--set trainer.epochs=20 ...]
+# Train over several nodes of NERSC Perlmutter. Written from the site file perlmutter.yaml by
+# `credit init --site`: edit that.
+#   sbatch -A PROJECT -N 4 perlmutter.sh my.yaml [--set trainer.epochs=20 ...]
 #   CREDIT_IMAGE=/path/credit.sif  runs in that container; CREDIT_VENV=/path/venv in that environment; else the active one
 # The job saves shortly before its time is up (CREDIT_STOP_BEFORE=120 seconds), and goes on in a new one until the epochs
 # are done.
@@ -17,12 +17,16 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -u
-CONFIG=${1:?usage: sbatch hpc/perlmutter.sh CONFIG [options of credit train]}; shift
-cd "$SLURM_SUBMIT_DIR"
+CONFIG=${1:?usage: sbatch perlmutter.sh CONFIG [options of credit train]}; shift
+cd "$SLURM_SUBMIT_DIR" || exit
+job=$SLURM_JOB_ID  # of an array's last task, also the number of the array
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 # By the clock: a signal to the ranks would also end the helper that mounts a container's image.
-end=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e)
+end=$(squeue --noheader --jobs "$job" --format %e)
 export CREDIT_STOP_AT=$(( $(date -d "$end" +%s 2>/dev/null || echo 9999999999) - ${CREDIT_STOP_BEFORE:-120} ))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-16} PYTHONNOUSERSITE=1
+# What the ranks of this job know and nobody else does; launchers hand it to them in their environment.
+CREDIT_SECRET=${CREDIT_SECRET:-$(od -An -N16 -tx8 /dev/urandom | tr -d ' ')}; export CREDIT_SECRET
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-16} PYTHONNOUSERSITE=1 PYTHONSAFEPATH=1
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it since Slurm 22.05
 export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME-hsn}
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME-hsn0}
@@ -32,13 +36,11 @@ export FI_MR_CACHE_MONITOR=userfaultfd
 export FI_CXI_RDZV_GET_MIN=0
 credit=(python -m credit)
 if [ -n "${CREDIT_VENV:-}" ]; then credit=("$CREDIT_VENV/bin/python" -m credit); fi
-if [ -n "${CREDIT_IMAGE:-}" ]; then credit=(shifter --module=gpu,nccl-plugin --image="$CREDIT_IMAGE" python -m credit); fi
+if [ -n "${CREDIT_IMAGE:-}" ]; then credit=(shifter '--module=gpu,nccl-plugin' --image="$CREDIT_IMAGE" python -m credit); fi
 
-srun --wait=60 --cpu-bind=cores "${credit[@]}" train "$CONFIG" "$@"
+srun --wait=60 --kill-on-bad-exit=0 --cpu-bind=cores "${credit[@]}" train "$CONFIG" "$@"
 code=$?
-
-"${credit[@]}" status "$CONFIG" "$@"
-if [ $? = 75 ]; then  # stopped by a signal or the clock, and saved
-  scontrol requeue "$SLURM_JOB_ID"
+if [ $code = 75 ]; then  # this run was stopped by a signal or the clock, and saved
+  scontrol requeue "$job"
 fi
 exit $code

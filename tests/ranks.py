@@ -24,7 +24,7 @@ _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         *("torch", "torch.distributed.device_mesh", "torch.distributed.fsdp", "torch._dynamo"),
-        *("credit.training.train", "credit.training.forecast", "credit.training.export"),
+        *("credit.training.train", "credit.evaluation.forecast", "credit.evaluation.export"),
     ]
 )
 

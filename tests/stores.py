@@ -9,8 +9,9 @@ import numpy as np
 import xarray as xr
 import zarr
 
+from credit.data.climatology import ForcingClimatology
 from credit.data.statistics import Statistics, origin_of
-from credit.data.store import FieldStore, stored_names
+from credit.data.store import FieldStore
 
 GRID = (13, 16)
 START = np.datetime64("2020-01-01", "ns")
@@ -62,17 +63,18 @@ def write_empty(path: Path, data: Any, grid: tuple[int, int]) -> None:
     for name, (values, attributes) in axes.items():
         group.create_array(name, data=values, dimension_names=[name], attributes=attributes)
     upper = [name for name in data.variables if not name.startswith(("2m_", "10m_", "mean_sea"))]
-    for name in [*data.variables, *stored_names(data.statics)]:
+    for name in [*data.variables, *data.given]:
         dims = ("time",) * (name in data.variables) + ("level",) * (name in upper) + ("latitude", "longitude")
         shape = tuple(len(axes[dim][0]) for dim in dims)
         chunks = (1, *shape[1:]) if dims[0] == "time" else shape
         group.create_array(name, shape=shape, chunks=chunks, dtype="float32", dimension_names=dims)
     made = FieldStore(path)
-    names = [channel.name for channel in made.channels(data.variables, data.levels)]
-    ones = dict.fromkeys([*names, *stored_names([*data.statics, *data.forcings])], 1.0)
+    names = [channel.name for channel in made.channels(data.predicted, data.levels)]
+    ones = dict.fromkeys([*names, *data.given], 1.0)
     climatology = xr.DataArray(np.zeros((1, 1, 1), np.float32), dims=("c", "y", "x"))
     increments, origin = dict.fromkeys(names, 1.0), origin_of(data, made.grid)
-    Statistics(ones, ones, increments, climatology, origin).save(path.with_suffix(".nc"))
+    none = xr.DataArray(np.zeros((0,) * 5, np.float32), dims=("forcing", "month", "hour", "latitude", "longitude"))
+    Statistics(ones, ones, increments, climatology, ForcingClimatology(none), {}, origin).save(path.with_suffix(".nc"))
 
 
 def conf(run: Path, store: Path, **trainer: Any) -> dict[str, Any]:

@@ -7,14 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
+from credit.checks.preflight import preflight
 from credit.cli import main
 from credit.config import load_config
 from credit.domain_parallel import DomainParallelError, ParityReport
-from credit.training.preflight import preflight
 from tests.stores import conf, dataset, write_empty, write_zarr
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -69,8 +70,24 @@ def test_large_configs_are_accepted_for_a_store_that_has_their_fields(path: Path
     write_empty(store, load_config(path).data, GRIDS[path.stem.rpartition("_")[2]])
     changes = [f"data.path={store}", f"data.stats={store.with_suffix('.nc')}", f"run={tmp_path / 'run'}"]
     findings = preflight(str(path), changes, 32)
-    assert [finding for finding in findings if finding.severity != "ok"] == []
+    wrong = [finding for finding in findings if finding.severity != "ok"]
+    assert [finding.where for finding in wrong] == ["data.train", "data.valid", "data.test"]
+    assert all("was never written" in finding.message for finding in wrong)  # the store has nothing in it
     assert any("a rank needs" in finding.message for finding in findings)
+
+
+def test_fields_are_read_at_the_ends_of_each_period(config) -> None:
+    """One value of `a` is missing at the last start of the validation, and one of `c` at the first of the test."""
+    data = dataset(levels=(500.0, 850.0))
+    raw = yaml.safe_load(config.read_text())
+    assert main(["data", "stats", str(config)]) == 0
+    data["a"][28, 3, 4] = np.nan
+    data["c"][30, 1, 5, 6] = np.inf
+    write_zarr(Path(raw["data"]["path"]), data)
+    wrong = [finding for finding in preflight(str(config), [], None) if finding.severity != "ok"]
+    assert [finding.where for finding in wrong] == ["data.valid", "data.test"]
+    assert "a is nan at 2020-01-08T00:00" in wrong[0].message
+    assert "c at level 850 is inf at 2020-01-08T12:00" in wrong[1].message
 
 
 def test_there_are_demos_and_large_configs() -> None:
@@ -132,7 +149,7 @@ def test_one_rank_says_that_nothing_is_cut(config, capsys) -> None:
 
 def test_what_is_not_exact_exits_with_1(config, capsys, monkeypatch) -> None:
     report = ParityReport(2, torch.float64, 1e-9, {"output 0": 0.5}, {}, "down.0", 0.25)
-    monkeypatch.setattr("credit.training.check.verify_parity_at", lambda *args, **kwargs: report)
+    monkeypatch.setattr("credit.checks.parity.verify_parity_at", lambda *args, **kwargs: report)
     assert main(["check", "parity", str(config)]) == 1
     assert "They part first at down.0, whose output is off by 2.5e-01" in capsys.readouterr().out
 
@@ -141,7 +158,7 @@ def test_a_refusal_exits_with_2(config, capsys, monkeypatch) -> None:
     def refuse(*args, **kwargs) -> None:
         raise DomainParallelError("down.0: torch.linalg.svd cannot be done")
 
-    monkeypatch.setattr("credit.training.check.verify_parity_at", refuse)
+    monkeypatch.setattr("credit.checks.parity.verify_parity_at", refuse)
     assert main(["check", "parity", str(config)]) == 2
     assert capsys.readouterr().err == "credit: error: down.0: torch.linalg.svd cannot be done\n"
 

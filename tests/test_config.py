@@ -33,14 +33,14 @@ def test_there_are_configs() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("trainer.batchsize", 2, "unknown key trainer.batchsize; did you mean 'batch_size'?"),
-        ("trainer.parallelism.domian", 2, "unknown key trainer.parallelism.domian; did you mean 'domain'?"),
-        ("colour", 1, "unknown key colour; known keys: run, data, model, trainer, forecast"),
-        ("data.stepp", "6h", "unknown key data.stepp; did you mean 'step'?"),
+        ("trainer.batchsize", 2, "trainer.batchsize: unknown key; did you mean 'batch_size'?"),
+        ("trainer.parallelism.domian", 2, "trainer.parallelism.domian: unknown key; did you mean 'domain'?"),
+        ("colour", 1, "colour: unknown key; known keys: run, data, model, constraints, trainer, forecast"),
+        ("data.stepp", "6h", "data.stepp: unknown key; did you mean 'step'?"),
         ("trainer.parallelism.domain", "two", "trainer.parallelism.domain: input should be a valid integer, got 'two'"),
         ("trainer.parallelism.domain", 0, "trainer.parallelism.domain: input should be greater than or equal to 1"),
         ("trainer.epochs", None, "trainer.epochs: input should be a valid integer"),
-        ("data.step", "6 hours", "data.step: '6 hours' is no duration; write hours or days"),
+        ("data.step", "6 hours", "data.step: '6 hours' is not a duration; write hours or days"),
         ("data.train", ["2020-02-01", "2020-01-01"], "data.train: the period starts at 2020-02-01"),
         ("data.test", ["2020-01-03", "2020-01-11"], "data: train and test share times"),
         ("model.width", 6, "model: groups 2 does not divide width 6"),
@@ -49,7 +49,7 @@ def test_there_are_configs() -> None:
             "unett",
             "model.name: must be one of unet, unet_diffusion, transformer, wxformer, pangu, or",
         ),
-        ("model", {"name": "wxformer", "width": 8}, "unknown key model.width; did you mean 'widths'?"),
+        ("model", {"name": "wxformer", "width": 8}, "model.width: unknown key; did you mean 'widths'?"),
         ("model", {"name": "wxformer", "depths": [1]}, "model: depths has 1 entries, and widths has 4"),
         ("model", {"name": "wxformer", "head_width": 48}, "model: head_width 48 does not divide width 64"),
         (
@@ -62,11 +62,15 @@ def test_there_are_configs() -> None:
             "unet",
             "model.name: must be one of unet, unet_diffusion, transformer, wxformer, pangu, or",
         ),
-        ("trainer.loss.kind", "rmse", "trainer.loss.kind: input should be 'mse', 'mae', 'huber' or 'crps', got 'rmse'"),
+        (
+            "trainer.loss.kind",
+            "rmse",
+            "trainer.loss.kind: 'rmse' is neither one of mse, mae, huber, crps nor a dotted path",
+        ),
         (
             "trainer.loss.weights",
             {},
-            "unknown key trainer.loss.weights; known keys: kind, delta, members, variables, levels",
+            "trainer.loss.weights: unknown key; known keys: kind, arguments, delta, members, variables, levels",
         ),
         (
             "trainer.loss.variables",
@@ -103,7 +107,7 @@ def test_levels_of_the_model_are_those_of_the_data(raw) -> None:
 
 def test_a_missing_key_is_named(raw) -> None:
     del raw["trainer"]["batch_size"], raw["data"]["step"]
-    with pytest.raises(ConfigError, match=r"data\.step is missing; trainer\.batch_size is missing"):
+    with pytest.raises(ConfigError, match=r"data\.step: missing; trainer\.batch_size: missing"):
         parse_config(raw)
 
 

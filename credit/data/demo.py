@@ -23,7 +23,6 @@ sum_n (c_n^0 P_n^0 + 2 Re sum_m c_n^m P_n^m e^(i m lon)). Fields: (latitude, lon
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +32,7 @@ import netCDF4
 import numpy as np
 import zarr
 
-from credit.errors import DataError
+from credit.files import whole
 
 EARTH_RADIUS = 6.371e6  # m
 EARTH_ROTATION = 7.292e-5  # s-1
@@ -289,20 +288,13 @@ def write_demo(
     path = Path(path)
     if states < 1 or grid[0] < 2 or grid[1] < 1:
         raise ValueError(f"need states >= 1 and a grid of at least (2, 1): got {states}, {grid}")
-    if path.exists():
-        raise DataError(f"{path} exists: remove it or choose another path")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
+    with whole(path) as unfinished:
         store = zarr.open_group(unfinished, mode="w", zarr_format=3, attributes=_attributes(seed))
         _write_coordinates(store, states, grid)
         _write_fields(store, states, grid, seed, progress)
         with warnings.catch_warnings():  # zarr warns that this is not in the v3 specification yet
             warnings.simplefilter("ignore")
             zarr.consolidate_metadata(store.store)
-        os.rename(unfinished, path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_fields(store: zarr.Group, states: int, grid: tuple[int, int], seed: int, progress: Progress | None) -> None:
@@ -326,7 +318,7 @@ def _write_fields(store: zarr.Group, states: int, grid: tuple[int, int], seed: i
             progress(interval + 1, spinup + states)
 
 
-def _create_variable(store: zarr.Group, name: str, states: int, grid: tuple[int, int]) -> zarr.Array:
+def _create_variable(store: zarr.Group, name: str, states: int, grid: tuple[int, int]) -> zarr.Array[Any]:
     nlat, nlon = grid
     standard_name, units, long_name = VARIABLES[name]
     # Shards keep the files few; a chunk inside them, a few rows of one state, is what a rank reads.

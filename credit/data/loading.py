@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from credit.data.sampler import Draw
 from credit.errors import DataError
-from credit.launch.stop import SIGNALS
+from credit.stop import SIGNALS
 
 
-class BatchLoader(DataLoader):
+class BatchLoader(DataLoader[Any]):
     """The batches of a data set that reads them whole, the same and in the same order for any number of workers.
 
     Workers are forked from a clean server process that has imported what they need and nothing else: no MPI, no GPU,
@@ -38,7 +38,9 @@ class BatchLoader(DataLoader):
         Exception: while iterating, what reading raised; DataError if a worker has died.
     """
 
-    def __init__(self, dataset: Dataset, sampler: Sampler[list[Draw]], workers: int, prefetch: int, pin: bool) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], sampler: Sampler[list[Draw]], workers: int, prefetch: int, pin: bool
+    ) -> None:
         ahead: dict[str, Any] = {}
         if workers:
             ahead = {"multiprocessing_context": _server(), "prefetch_factor": prefetch, "persistent_workers": True}
@@ -70,7 +72,7 @@ class BatchLoader(DataLoader):
             yield batch
 
 
-class _Reporting(Dataset):
+class _Reporting(Dataset[Any]):
     """In a worker: what reading raises comes back as it is, where torch would make text of it."""
 
     def __init__(self, dataset: Any) -> None:

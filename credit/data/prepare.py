@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from credit.config import Config
+from credit.config import Config, Data
 from credit.data.statistics import Statistics, compute_statistics, origin_of
-from credit.data.store import FieldStore, stored_names
+from credit.data.store import FieldStore
+from credit.errors import Stopped
+from credit.stop import StopRequest
 
 SAMPLES = {"era5-sample": Path(__file__).parent / "sample" / "era5_1deg.nc"}
 DEMO = "demo"
@@ -16,53 +19,83 @@ DEMO = "demo"
 
 def is_built_in(config: Config) -> bool:
     """True if the package can make the data and their statistics itself, in a minute."""
-    return config.data.path == DEMO or config.data.path in SAMPLES
+    return config.data.path == [DEMO] or config.data.path[0] in SAMPLES
 
 
-def store_path(config: Config) -> Path:
-    """The store that `data.path` means."""
-    if config.data.path == DEMO:
-        return config.run / "demo.zarr"
-    return SAMPLES.get(config.data.path) or Path(config.data.path)
+def store_paths(config: Config) -> list[str]:
+    """What `data.path` means."""
+    if config.data.path == [DEMO]:
+        return [str(config.run / "demo.zarr")]
+    return [str(SAMPLES.get(path, path)) for path in config.data.path]
 
 
-def make_built_in(config: Config) -> None:
-    """Write the demo store, if it is asked for, and the statistics of built-in data; once. For one rank to call."""
+def is_made(config: Config) -> bool:
+    """False for built-in data that are yet to be made, or have no statistics yet."""
+    return not is_built_in(config) or (Path(store_paths(config)[0]).exists() and config.stats_path.exists())
+
+
+def open_fields(config: Config) -> FieldStore:
+    """The stores of the config, at the times at which all that it reads is there."""
+    data = config.data
+    return _open(data, store_paths(config), [*data.predicted, *data.given])
+
+
+def open_analysis(config: Config) -> FieldStore:
+    """What a forecast from one start begins with: stores with states and statics, at times at which all states are."""
+    return _open(config.data, config.forecast.source or store_paths(config), config.data.variables)
+
+
+def _open(data: Data, paths: list[str], variables: list[str]) -> FieldStore:
+    return FieldStore(paths, variables, data.missing, data.is_region, data.hold_hours)
+
+
+def make_built_in(config: Config, request: StopRequest | None = None) -> None:
+    """Write the demo store, if it is asked for, and the statistics of built-in data; once. For one rank to call.
+
+    Raises:
+        Stopped: once there is a request.
+    """
     if not is_built_in(config):
         return
-    path = store_path(config)
-    if config.data.path == DEMO and not path.exists():
+    path = Path(store_paths(config)[0])
+    if config.data.path == [DEMO] and not path.exists():
         from credit.data.demo import write_demo
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_demo(path, progress=printer(f"demo weather -> {path}"))
+        for left in path.parent.glob(f".{path.name}.*.unfinished"):  # by a job that was killed
+            shutil.rmtree(left)
+        write_demo(path, progress=printer(f"demo weather -> {path}", request))
     if not config.stats_path.exists():
-        write_statistics(config)
+        write_statistics(config, request)
 
 
-def write_statistics(config: Config) -> Statistics:
+def write_statistics(config: Config, request: StopRequest | None = None) -> Statistics:
     """Compute the statistics of the training period and save them where the config expects them."""
-    store = FieldStore(store_path(config))
-    statistics = compute_statistics(config, store, printer(f"statistics -> {config.stats_path}"))
+    store = open_fields(config)
+    statistics = compute_statistics(config, store, printer(f"statistics -> {config.stats_path}", request))
     statistics.save(config.stats_path)
     return statistics
 
 
-def load_fields_statistics(config: Config, store: FieldStore) -> Statistics:
-    """The statistics of every channel that the config reads."""
+def load_fields_statistics(config: Config, store: FieldStore, names: list[str] | None = None) -> Statistics:
+    """The statistics of every channel that the config reads, or of these variables among the predicted."""
     data = config.data
-    predicted = [channel.name for channel in store.channels(data.variables, data.levels)]
-    others = [channel.name for channel in store.channels(stored_names([*data.forcings, *data.statics]))]
-    return Statistics.load(config.stats_path, predicted, others, origin_of(config.data, store.grid))
+    wanted = store.channels(data.predicted if names is None else names, data.levels)
+    predicted = [channel.name for channel in wanted]
+    statistics = Statistics.load(config.stats_path, predicted, data.given, origin_of(config.data, store.grid))
+    statistics.refuse_other_units(store, [*data.predicted, *data.given])
+    return statistics
 
 
-def printer(what: str) -> Callable[[int, int], None]:
-    """Progress on one line in ten, and at the end."""
+def printer(what: str, request: StopRequest | None = None) -> Callable[[int, int], None]:
+    """Progress on one line in ten, and at the end; raises Stopped once there is a request."""
     begin = time.monotonic()
     shown = -1
 
     def show(done: int, total: int) -> None:
         nonlocal shown
+        if request:
+            raise Stopped(f"by {request.received}, {done} of {total} into {what}: the same command begins that anew")
         if done * 10 // total > shown or done == total:
             shown = done * 10 // total
             elapsed = time.monotonic() - begin

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,12 @@ import numpy as np
 import xarray as xr
 
 from credit.config import Config, Data
-from credit.data.grid import Grid
-from credit.data.store import Channel, FieldStore, stored_names
+from credit.data.climatology import ForcingClimatology, MeansByHour
+from credit.data.grid import Grid, on_grid
+from credit.data.piece import same_units, when
+from credit.data.store import Channel, FieldStore
 from credit.errors import DataError
+from credit.files import rename_synced
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +30,8 @@ class Statistics:
         mean, std: of every channel that is read, by name.
         increment_std: root mean square of x(t + step) - x(t), of the predicted channels.
         climatology: mean over the training times, float32, (channel, latitude, longitude), of the predicted ones.
+        forcings: in place of stored ones, at times that are not stored.
+        units: of every variable that says so.
         origin: what they are of, see `origin_of`.
     """
 
@@ -34,6 +39,8 @@ class Statistics:
     std: dict[str, float]
     increment_std: dict[str, float]
     climatology: xr.DataArray
+    forcings: ForcingClimatology
+    units: dict[str, str]
     origin: dict[str, str]
 
     @property
@@ -54,14 +61,15 @@ class Statistics:
                 "std": ("channel", list(self.std.values())),
                 "increment_std": ("predicted", [self.increment_std[name] for name in predicted]),
                 "climatology": self.climatology,
+                "forcing_climatology": self.forcings.means.rename(latitude="row", longitude="column"),
             },
             coords={"channel": list(self.mean), "predicted": predicted},
-            attrs={"origin": json.dumps(self.origin)},
+            attrs={"origin": json.dumps(self.origin), "units": json.dumps(self.units)},
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         dataset.to_netcdf(partial, engine="netcdf4")
-        partial.rename(path)
+        rename_synced(partial, path)
 
     @classmethod
     def load(cls, path: Path, predicted: list[str], others: list[str], origin: dict[str, str]) -> Statistics:
@@ -81,8 +89,8 @@ class Statistics:
                 dict(zip(loaded[axis].values.tolist(), loaded[name].values.tolist(), strict=True))
                 for name, axis in (("mean", "channel"), ("std", "channel"), ("increment_std", "predicted"))
             )
-            found = json.loads(loaded.attrs["origin"])
-        except (OSError, KeyError, ValueError) as error:
+            found, units = (dict(json.loads(loaded.attrs[name])) for name in ("origin", "units"))
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise DataError(f"{path} cannot be read as statistics ({error}): {remedy}") from None
         other = [f"{key} {found.get(key)}, not {value}" for key, value in origin.items() if found.get(key) != value]
         if other:
@@ -96,13 +104,49 @@ class Statistics:
             unusable += [f"{what} of {name} {values[name]}" for name in names if not 0 < values[name] < math.inf]
         if unusable:
             raise DataError(f"{path} cannot be used, {', '.join(unusable)}: {remedy}")
-        return cls(mean, std, increment_std, loaded["climatology"], found)
+        means = ForcingClimatology(loaded["forcing_climatology"].rename(row="latitude", column="longitude"))
+        return cls(mean, std, increment_std, loaded["climatology"], means, units, found)
+
+    def refuse_other_units(self, store: FieldStore, variables: list[str]) -> None:
+        """Raise a DataError if a variable of `store` is in other units than the fields these are of."""
+        for name in variables:
+            unit = str(store.attributes(name).get("units", ""))
+            if not same_units(unit, self.units.get(name, "")):
+                raise DataError(
+                    f"{name} is in {unit} in {store}, and the statistics are of {self.units[name]}: convert the field "
+                    f"(or its units attribute, if that is wrong)"
+                )
 
     def climatology_of(self, predicted: list[str], grid: Grid) -> np.ndarray:
         """(channel, latitude, longitude) of these channels, in their order and the grid's."""
-        places = {"latitude": grid.latitude, "longitude": grid.longitude}
-        # Nearest within rounding, as `origin_of` rounds: a store may have its coordinates in float32.
-        return self.climatology.sel(predicted=predicted).sel(places, method="nearest", tolerance=1e-4).values
+        return on_grid(self.climatology.sel(predicted=predicted), grid).values
+
+
+def mean_where_finite(fields: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted means over (latitude, longitude) of the values that are there, float64.
+
+    Args:
+        weights: see `Grid.cell_weights`.
+    """
+    there = np.isfinite(fields)
+    if there.all():
+        return (fields * weights).sum(axis=(-2, -1), dtype=np.float64)
+    total = np.where(there, fields * weights, 0).sum(axis=(-2, -1), dtype=np.float64)
+    return total / np.where(there, weights, 0).sum(axis=(-2, -1), dtype=np.float64)
+
+
+def refuse_other_gaps(there: np.ndarray, wanted: np.ndarray, channels: list[Channel], time: np.datetime64) -> None:
+    """Raise a DataError if values are missing at other places than those of the mask.
+
+    Args:
+        there, wanted: (channel, latitude, longitude).
+    """
+    if (there != wanted).any():
+        channel = channels[int((there != wanted).any(axis=(-2, -1)).argmax())]
+        raise DataError(
+            f"{channel.name} is missing at other places at {when(time)} than in the training period: a mask is of "
+            f"places that always are; give a number in data.missing"
+        )
 
 
 def origin_of(data: Data, grid: Grid) -> dict[str, str]:
@@ -112,6 +156,8 @@ def origin_of(data: Data, grid: Grid) -> dict[str, str]:
         "data.step": f"{data.step_hours} h",
         "data.train": " to ".join(map(str, data.train)),
         "data.gaps": data.gaps,
+        **({"data.missing": json.dumps(data.missing, sort_keys=True)} if data.missing else {}),
+        **({"data.grid": "region"} if grid.region else {}),
         "grid": hashlib.blake2b(json.dumps(places).encode(), digest_size=4).hexdigest(),
     }
 
@@ -119,52 +165,90 @@ def origin_of(data: Data, grid: Grid) -> dict[str, str]:
 def compute_statistics(config: Config, store: FieldStore, progress: Callable[[int, int], None]) -> Statistics:
     """Read the training period once; memory of two times of all channels.
 
-    Sums are shifted by the first field's mean, so that the variance of a field far from zero does not cancel.
+    Raises:
+        DataError: if a channel does not vary, or has gaps at some times and not at others.
     """
     data = config.data
-    predicted = store.channels(data.variables, data.levels)
-    others = store.channels(stored_names([*data.forcings, *data.statics]))
-    channels: list[Channel] = [*predicted, *others]
+    predicted = store.channels(data.predicted, data.levels)
+    channels: list[Channel] = [*predicted, *store.channels(data.given)]
     starts = store.starts(data.train, data.step_hours, 1, data.gaps)
     successors = store.indices(store.times[starts] + np.timedelta64(data.step_hours, "h"))
-    times = np.union1d(starts, successors)
+    times, after = np.union1d(starts, successors), dict(zip(starts.tolist(), successors, strict=True))
     rows = range(store.grid.shape[0])
-    weights = (store.grid.latitude_weights() / store.grid.shape[0] / store.grid.shape[1])[:, None]
-
-    def average(fields: np.ndarray) -> np.ndarray:
-        return (fields * weights).sum(axis=(-2, -1), dtype=np.float64)
-
-    first = store.read(channels, times[:1].tolist(), rows)[0].astype(np.float64)
-    shift = average(first)[:, None, None]
-    total, square = np.zeros(len(channels)), np.zeros(len(channels))
-    increment, mean_field = np.zeros(len(predicted)), np.zeros_like(first[: len(predicted)])
-    later: dict[int, np.ndarray] = {}
-    after = dict(zip(starts.tolist(), successors, strict=True))
-    for done, time in enumerate(times.tolist()):
-        field = store.read(channels, [time], rows)[0] - shift
-        total += average(field)
-        square += average(field**2)
-        mean_field += field[: len(predicted)]
-        if time in later:
-            increment += average((field[: len(predicted)] - later.pop(time)) ** 2)
-        if time in after:
-            later[after[time]] = field[: len(predicted)]
-        progress(done + 1, len(times))
-    mean = total / len(times)
-    std = np.sqrt(np.maximum(square / len(times) - mean**2, 0))
     names = [channel.name for channel in channels]
-    constant = [name for name, deviation in zip(names, std, strict=True) if deviation == 0]
-    if constant:
-        raise DataError(f"{store.path}: {', '.join(constant)} is constant over the training period: leave it out")
-    rms_increment = np.sqrt(increment / len(starts))
+    first = store.read(channels, times[:1].tolist(), rows)[0].astype(np.float64)
+    there = np.isfinite(first[: len(predicted)])
+    sums = _Sums(first, len(predicted), store.grid.cell_weights())
+    forcings = [name for name in data.forcings if name in data.given]
+    by_hour = MeansByHour(forcings, store.grid.shape)
+    for done, time in enumerate(times.tolist()):
+        fields = store.read(channels, [time], rows)[0]
+        refuse_other_gaps(np.isfinite(fields[: len(predicted)]), there, predicted, store.times[time])
+        by_hour.add(store.times[time], fields[[names.index(name) for name in forcings]].astype(np.float64))
+        sums.add(fields, time, after.get(time))
+        progress(done + 1, len(times))
+    mean, std, rms_increment = sums.moments(len(times), len(starts))
+    _refuse_still(store, names, std, "is constant over the training period: leave it out")
+    still = f"does not change in {data.step_hours} h: give it as one of data.statics"
+    _refuse_still(store, names, rms_increment, still)
     return Statistics(
-        dict(zip(names, (mean + shift[:, 0, 0]).tolist(), strict=True)),
+        dict(zip(names, mean.tolist(), strict=True)),
         dict(zip(names, std.tolist(), strict=True)),
         dict(zip(names, rms_increment.tolist(), strict=False)),
         xr.DataArray(
-            (mean_field / len(times) + shift[: len(predicted)]).astype(np.float32),
+            sums.mean_field(len(times)),
             dims=("predicted", "latitude", "longitude"),
             coords={"latitude": store.grid.latitude, "longitude": store.grid.longitude},
         ),
+        ForcingClimatology(by_hour.means(store.grid.latitude, store.grid.longitude)),
+        {name: str(store.attributes(name).get("units", "")) for name in dict.fromkeys(c.variable for c in channels)},
         origin_of(config.data, store.grid),
     )
+
+
+class _Sums:
+    """Over times, of fields (channel, latitude, longitude) less the first one's means, so that the variance of a field
+    far from zero does not cancel.
+
+    Args:
+        predicted: how many of the channels, the first ones, are.
+        weights: see `Grid.cell_weights`.
+    """
+
+    def __init__(self, first: np.ndarray, predicted: int, weights: np.ndarray) -> None:
+        self._predicted, self._weights = predicted, weights
+        self._shift = self._average(first)[:, None, None]
+        self._total, self._square = np.zeros(len(first)), np.zeros(len(first))
+        self._increment, self._fields = np.zeros(predicted), np.zeros_like(first[:predicted])
+        self._later: dict[int, np.ndarray] = {}
+
+    def _average(self, fields: np.ndarray) -> np.ndarray:
+        return mean_where_finite(fields, self._weights)
+
+    def add(self, fields: np.ndarray, time: int, successor: int | None) -> None:
+        """Those of a time, by its number, and the number of the time one step later, if both are a sample."""
+        fields = fields - self._shift
+        self._total += self._average(fields)
+        self._square += self._average(fields**2)
+        state = fields[: self._predicted]
+        self._fields += state
+        if time in self._later:
+            self._increment += self._average((state - self._later.pop(time)) ** 2)
+        if successor is not None:
+            self._later[successor] = state
+
+    def moments(self, times: int, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(mean, standard deviation, root mean square change in a step) of each channel."""
+        mean = self._total / times
+        std = np.sqrt(np.maximum(self._square / times - mean**2, 0))
+        return mean + self._shift[:, 0, 0], std, np.sqrt(self._increment / steps)
+
+    def mean_field(self, times: int) -> np.ndarray:
+        """Of what is predicted, float32."""
+        return (self._fields / times + self._shift[: self._predicted]).astype(np.float32)
+
+
+def _refuse_still(store: FieldStore, names: Sequence[str], varies: np.ndarray, why: str) -> None:
+    still = [name for name, amount in zip(names, varies, strict=False) if amount == 0]
+    if still:
+        raise DataError(f"{store}: {', '.join(still)} {why}")

@@ -26,6 +26,7 @@ from credit.domain_parallel.manager import (
 )
 from credit.domain_parallel.parity import verify_parity
 from credit.domain_parallel.parity_report import ParityReport
+from credit.domain_parallel.record import record
 from credit.domain_parallel.sharding import gather_tensor, reshard_tensor, shard_batch, shard_tensor
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "gather_tensor",
     "get_domain_parallel_manager",
     "initialize_domain_parallel",
+    "record",
     "reshard_tensor",
     "shard_batch",
     "shard_tensor",

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from credit.domain_parallel.torch_private import schemas
+
 ALIASES = {
     "axis": "dim",
     "keepdims": "keepdim",
@@ -76,7 +78,7 @@ class Declaration:
         object.__setattr__(self, "positional", tuple(a for a in self.arguments if not a.by_keyword))
         object.__setattr__(self, "names", frozenset(a.name for a in self.arguments))
 
-    def bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Source] | None:
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Source] | None:
         """Where the value of each argument is found in a call; None if they do not fit."""
         places = self._spread(args)
         if len(places) > len(self.positional) and self.gathers is None:
@@ -96,7 +98,7 @@ class Declaration:
                 return None
         return bound
 
-    def _spread(self, args: tuple) -> Sequence[Source]:
+    def _spread(self, args: tuple[Any, ...]) -> Sequence[Source]:
         """What the positions of a call give: a position each, or several to the list that is declared last."""
         if self.gathers is not None:
             return [slice(None)]
@@ -112,7 +114,7 @@ Source = int | slice | str
 """Of a value in a call: its position, the positions that make up one list, its keyword."""
 
 
-def _value(source: Source, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _value(source: Source, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return kwargs[source] if isinstance(source, str) else args[source]
 
 
@@ -155,16 +157,16 @@ def declarations(func: Any) -> tuple[Declaration, ...]:
     name = getattr(func, "__name__", "")
     if name in _SLOTS:
         return (Declaration(tuple(map(Argument, _SLOTS[name]))),)
-    found = [_of_schema(schema) for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}")]
+    found = [_of_schema(schema) for schema in schemas(name)]
     return tuple(declaration for declaration in found if declaration is not None)
 
 
 @cache
-def _testing_overrides() -> dict[Any, Callable]:
+def _testing_overrides() -> dict[Any, Callable[..., Any]]:
     return torch.overrides.get_testing_overrides()
 
 
-def _signature(func: Callable) -> inspect.Signature:
+def _signature(func: Callable[..., Any]) -> inspect.Signature:
     signature = inspect.signature(func)
     kinds = {parameter.kind for parameter in signature.parameters.values()}
     if kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
@@ -214,7 +216,7 @@ def _kind(argument: Any) -> str:
 _bindings: dict[Any, list[tuple[str, Source]] | None] = {}
 
 
-def bind(func: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def bind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments of a call by the names torch declares, those that were given; None if no declaration fits."""
     key = (func, *map(_kind_of, args), *((name, _kind_of(x)) for name, x in kwargs.items()))
     try:

@@ -29,6 +29,7 @@ from credit.domain_parallel.outcome import (
 from credit.domain_parallel.partition import PartitionError
 from credit.domain_parallel.slab import ASKS, COMPOSITE, RULES, Declined, Slab, answers, is_slab, rules_of
 from credit.domain_parallel.storage import View
+from credit.domain_parallel.torch_private import torch_function_off, torch_function_on
 from credit.domain_parallel.whole_view import WholeView, as_whole, viewed
 
 POINTWISE: set[Any] = set()
@@ -75,7 +76,7 @@ def _traits(func: Any) -> _Traits:
     return _Traits(name in VIEWS.split(), name in ("detach", "data"), changes, flag)
 
 
-def changed_by(func: Any, args: tuple, kwargs: dict) -> list[Any]:
+def changed_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The arguments that a call changes in place."""
     traits, found = _traits(func), []
     if traits.first or (traits.flag and _flag_of(args, kwargs, *traits.flag)):
@@ -85,11 +86,11 @@ def changed_by(func: Any, args: tuple, kwargs: dict) -> list[Any]:
     return found
 
 
-def _flag_of(args: tuple, kwargs: dict, place: int, name: str) -> Any:
+def _flag_of(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
     return args[place] if len(args) > place else kwargs.get(name, False)
 
 
-def answer(func: Any, args: tuple, kwargs: dict, types: Any = ()) -> Any:
+def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], types: Any = ()) -> Any:
     """func(*args, **kwargs), where some arguments are slabs; `types` are those of what torch hands over to."""
     rule = RULES.get(func)
     if func in ASKS:
@@ -99,7 +100,7 @@ def answer(func: Any, args: tuple, kwargs: dict, types: Any = ()) -> Any:
     if rule is None or (kwargs and kwargs.get("out") is not None):
         composite = COMPOSITE.get(func)
         if composite is not None:
-            with torch._C._EnableTorchFunction():
+            with torch_function_on():
                 return composite(*args, **kwargs)
         slab = next(filter(is_slab, leaves((args, kwargs))), None) if is_custom(func) else None
         return gathered(func, args, kwargs) if slab is None else custom(func, args, kwargs, slab.group)
@@ -107,7 +108,7 @@ def answer(func: Any, args: tuple, kwargs: dict, types: Any = ()) -> Any:
     expected = None
     if traits.views or func not in POINTWISE or _strided(args):
         try:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch_function_off():
                 expected = outcomes(func, args, kwargs)
         except Exception:  # torch's word on such operands is that on real ones: it raises, or was wrong without values
             return gathered(func, args, kwargs)
@@ -127,11 +128,13 @@ def answer(func: Any, args: tuple, kwargs: dict, types: Any = ()) -> Any:
 answers.append(answer)
 
 
-def _strided(args: tuple) -> bool:
+def _strided(args: tuple[Any, ...]) -> bool:
     return any(isinstance(x, Tensor) and strides_of(x) is not None for x in args)
 
 
-def _finished(func: Any, args: tuple, kwargs: dict, found: Any, expected: list[Outcome], moved: bool) -> Any:
+def _finished(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any, expected: list[Outcome], moved: bool
+) -> Any:
     """What a rule found, with strides, and views of what they are views of."""
     results = tensors_in(found)
     _compare(func, results, expected)
@@ -148,7 +151,7 @@ def _finished(func: Any, args: tuple, kwargs: dict, found: Any, expected: list[O
     return replaced(found, lambda _: next(in_order))
 
 
-def _as_expected(call: tuple, x: Tensor, one: Outcome, operands: list[Tensor], moved: bool) -> Tensor:
+def _as_expected(call: tuple[Any, ...], x: Tensor, one: Outcome, operands: list[Tensor], moved: bool) -> Tensor:
     """`x`, the result of a call (function, args, kwargs, number of the result), with strides, and as a view if it is
     one."""
     base = None if one.base is None else operands[one.base]
@@ -180,14 +183,14 @@ def _is_autocast() -> bool:
     return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled()
 
 
-def _again(kind: type[Slab], func: Any, args: tuple, kwargs: dict, i: int) -> Tensor:
+def _again(kind: type[Slab], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], i: int) -> Tensor:
     """This rank's part of the i-th result, made anew."""
     with rules_of(kind, func):
         found = tensors_in(RULES[func](*args, **kwargs))[i]
     return found.local if isinstance(found, Slab) else found
 
 
-def _with_whole_views(func: Any, args: tuple, kwargs: dict) -> Any:
+def _with_whole_views(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     views = [x for x in leaves((args, kwargs)) if isinstance(x, WholeView)]
     plain_args, plain_kwargs = replaced((args, kwargs), as_whole)
     if any(isinstance(x, Slab) for x in leaves((plain_args, plain_kwargs))):

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import register_pytree_node, tree_map
 
 from credit.domain_parallel.manager import DomainParallelError
+from credit.domain_parallel.torch_private import register_pytree_node, tree_flatten, tree_map, tree_unflatten
 
 DEPTH = 4
 """How deep objects are searched for tensors."""
@@ -73,7 +73,7 @@ def _open(x: Any) -> Any:
         raise DomainParallelError(
             f"a tensor inside of a {type(x).__module__}.{type(x).__qualname__} comes to the border of a sharded model, "
             f"where it would be taken for whole. Give tensors by themselves or in tuples, lists, dictionaries, "
-            f"dataclasses; or register the type with torch.utils._pytree.register_pytree_node."
+            f"dataclasses; or register the type with {register_pytree_node.__module__}.register_pytree_node."
         )
     return x
 
@@ -97,3 +97,13 @@ def _contents(x: Any) -> Iterable[Any]:
         for slot in (slots,) if isinstance(slots, str) else slots:
             if hasattr(x, slot):
                 yield getattr(x, slot)
+
+
+def flattened(x: Any) -> tuple[list[Any], Any]:
+    """(what is in it, its structure), of whatever holds tensors."""
+    return tree_flatten(opened(x), is_leaf=lambda one: isinstance(one, Tensor))
+
+
+def restored(leaves: list[Any], structure: Any) -> Any:
+    """The inverse of `flattened`."""
+    return closed(tree_unflatten(leaves, structure))

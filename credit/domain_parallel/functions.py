@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -24,6 +23,7 @@ from credit.domain_parallel.outcome import leaves, replaced
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import Once, part, whole
 from credit.domain_parallel.slab import Slab, group_inside, met
+from credit.domain_parallel.torch_private import unsafe_view
 from credit.domain_parallel.whole_view import as_whole
 
 _AS_THEY_ARE = ("credit.domain_parallel.", "credit.parallel.", "torch.")
@@ -44,7 +44,7 @@ class _Enter(Function):
     def forward(ctx: Any, local: Tensor, cut: int, partition: Partition, group: RankGroup) -> Tensor:
         ctx.geometry = cut, partition, group
         x = whole(Slab(local, cut, partition, group))
-        return torch.ops.aten._unsafe_view(x, x.shape)  # not as a view, which could not be changed in place
+        return unsafe_view(x, x.shape)  # not as a view, which could not be changed in place
 
     @staticmethod
     @once_differentiable
@@ -105,7 +105,7 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         return replaced(_apply(cls, *args, **kwargs), lambda x: _Stay.apply(x, group) if x.requires_grad else x)
 
 
-def custom(call: Callable[..., Any], args: tuple, kwargs: dict, group: RankGroup) -> Any:
+def custom(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], group: RankGroup) -> Any:
     """call(*args, **kwargs), of slabs of `group`, whatever its backward does."""
     args, kwargs = replaced((args, kwargs), partial(_counted_once, group=group))
     return gathered(call, args, kwargs, _UNKNOWN, ALIKE)

@@ -113,8 +113,8 @@ def gathers_refused(refused: bool) -> Iterator[None]:
 
 def gathered(
     func: Any,
-    args: tuple,
-    kwargs: dict,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     reason: str = "it has no rule for such arguments",
     crossing: Crossing = LINEAR,
 ) -> Any:
@@ -159,12 +159,14 @@ def gathered(
     return replaced(found, lambda x: results[id(x)])
 
 
-def _on_wholes(func: Any, args: tuple, kwargs: dict, wholes: dict[int, Tensor]) -> Any:
+def _on_wholes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], wholes: dict[int, Tensor]) -> Any:
     args, kwargs = replaced((args, kwargs), lambda x: wholes.get(id(x), x))
     return func(*args, **kwargs)
 
 
-def _made_again(func: Any, args: tuple, kwargs: dict, number: int, like: Tensor, crossing: Crossing) -> Tensor:
+def _made_again(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], number: int, like: Tensor, crossing: Crossing
+) -> Tensor:
     """This rank's part of a result that is a view."""
     with rules_of(Slab, func):
         slabs = [x for x in tensors_in((args, kwargs)) if is_slab(x)]

@@ -7,10 +7,12 @@ interest (`CountingRanks`), or a rank by itself (`Alone`).
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -52,6 +54,35 @@ class Messages:
         return self._receive()
 
 
+class Scribe(Protocol):
+    """Writes calls of a group down, instead of doing them; see `credit.domain_parallel.wire`."""
+
+    def all_reduce(self, group: RankGroup, values: Tensor, reduction: Reduction) -> Tensor: ...
+
+    def all_gather(self, group: RankGroup, values: Tensor) -> Tensor: ...
+
+    def start(
+        self, group: RankGroup, outgoing: dict[int, Tensor], incoming: dict[int, list[int]], like: Tensor
+    ) -> Messages: ...
+
+
+class _State(threading.local):
+    scribe: Scribe | None = None
+
+
+_state = _State()
+
+
+@contextmanager
+def written_by(scribe: Scribe) -> Iterator[None]:
+    """While it lasts, nothing crosses ranks in this thread: what would is written down by `scribe`."""
+    before, _state.scribe = _state.scribe, scribe
+    try:
+        yield
+    finally:
+        _state.scribe = before
+
+
 class RankGroup(ABC):
     """Some ranks, seen from one of them. What is given stays as it is; what comes back is new.
 
@@ -72,11 +103,15 @@ class RankGroup(ABC):
 
     def all_reduce(self, values: Tensor, reduction: Reduction = "sum") -> Tensor:
         """The sum, or the maximum, of the ranks' `values`, on all of them."""
+        if _state.scribe is not None:
+            return _state.scribe.all_reduce(self, values, reduction)
         self._count(values)
         return self._all_reduce(values.resolve_conj(), reduction)
 
     def all_gather(self, values: Tensor) -> Tensor:
         """(rank, ...): the `values` of every rank, which are of one shape."""
+        if _state.scribe is not None:
+            return _state.scribe.all_gather(self, values)
         self._count(values)
         return self._all_gather(values.resolve_conj())
 
@@ -88,6 +123,8 @@ class RankGroup(ABC):
             incoming: shapes of what comes, by rank.
             like: of the type, and on the device, of what comes.
         """
+        if _state.scribe is not None:
+            return _state.scribe.start(self, outgoing, incoming, like)
         sends = {peer: tensor.resolve_conj() for peer, tensor in outgoing.items() if tensor.numel()}
         self.traffic.messages += len(sends)
         self.traffic.bytes += sum(tensor.nbytes for tensor in sends.values())
@@ -111,7 +148,7 @@ class RankGroup(ABC):
     def _start(self, outgoing: dict[int, Tensor], incoming: dict[int, list[int]], like: Tensor) -> Messages: ...
 
     # The ranks of a group are where they are: a copied model keeps its group.
-    def __deepcopy__(self, memo: dict) -> RankGroup:
+    def __deepcopy__(self, memo: dict[str, Any]) -> RankGroup:
         return self
 
     def __repr__(self) -> str:
@@ -156,7 +193,7 @@ class ProcessRanks(RankGroup):
 
         return Messages(receive)
 
-    def _op(self, kind: Callable, tensor: Tensor, peer: int) -> dist.P2POp:
+    def _op(self, kind: Callable[..., Any], tensor: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(kind, tensor, dist.get_global_rank(self.process_group, peer), self.process_group)
 
 

@@ -30,8 +30,9 @@ from credit.domain_parallel.outcome import convolved_strides
 from credit.domain_parallel.partition import Partition, TransposedWindow, Window
 from credit.domain_parallel.reshard import plain as plainly_cut
 from credit.domain_parallel.root import Border
-from credit.domain_parallel.rules.windows import CONV, conv_in_place, fetch, pads_of, per_axis, share_halo
+from credit.domain_parallel.rules.convolution import CONV, conv_in_place, fetch, pads_of, per_axis, share_halo
 from credit.domain_parallel.slab import Slab, inside_model, is_inside_model
+from credit.domain_parallel.torch_private import compiled
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,21 @@ def become(module: nn.Module, layer: type) -> nn.Module:
     return module
 
 
-class DomainParallelLayer(nn.Module):
-    """What the sharded layers share: `Layer(module)` is a second view of `module`, one state, two forwards."""
+class Became(nn.Module):
+    """A module in two classes, see `become`. It is copied and pickled as such."""
 
     _layer: type
     _plain: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not hasattr(self, "_plain"):
+            return super().__reduce_ex__(protocol)
+        return _rebuild, (self._layer, self._plain), self.__dict__
+
+
+class DomainParallelLayer(Became):
+    """What the sharded layers share: `Layer(module)` is a second view of `module`, one state, two forwards."""
+
     shard_dim: int
     kernel_size: tuple[int, ...]
 
@@ -72,11 +83,6 @@ class DomainParallelLayer(nn.Module):
 
     def __init__(self, module: nn.Module, shard_dim: int = -2) -> None:
         self.shard_dim = shard_dim
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if not hasattr(self, "_plain"):
-            return super().__reduce_ex__(protocol)
-        return _rebuild, (self._layer, self._plain), self.__dict__
 
     @property
     def _manager(self) -> DomainParallelManager | None:
@@ -189,13 +195,6 @@ class _DomainParallelConv(DomainParallelLayer):
         return made
 
 
-class DomainParallelConv1d(_DomainParallelConv):
-    """`nn.Conv1d` on shards of (batch, channel, longitude)."""
-
-    def __init__(self, conv: nn.Conv1d, shard_dim: int = -1) -> None:
-        super().__init__(conv, shard_dim)
-
-
 class DomainParallelConv2d(_DomainParallelConv):
     """`nn.Conv2d` on shards of (batch, channel, latitude, longitude). Exact for every geometry.
 
@@ -236,13 +235,6 @@ class _DomainParallelConvTranspose(_DomainParallelConv):
         return super().forward(x, output_size)
 
 
-class DomainParallelConvTranspose1d(_DomainParallelConvTranspose):
-    """`nn.ConvTranspose1d` on shards of (batch, channel, longitude)."""
-
-    def __init__(self, conv: nn.ConvTranspose1d, shard_dim: int = -1) -> None:
-        super().__init__(conv, shard_dim)
-
-
 class DomainParallelConvTranspose2d(_DomainParallelConvTranspose):
     """`nn.ConvTranspose2d` on shards of (batch, channel, latitude, longitude). Exact for every geometry.
 
@@ -263,7 +255,8 @@ class DomainParallelConvTranspose3d(_DomainParallelConvTranspose):
 
 
 class DomainParallelPeriodicConv2d(DomainParallelLayer):
-    """A `PeriodicConv2d` on shards: circular in longitude, reflected at the poles and only there.
+    """A `PeriodicConv2d` on shards: circular in longitude, reflected at the poles and only there (and in the east and
+    west, if its `sides` say "reflect").
 
     One exchange does the reflection and the halo; the plain forward would do one for each.
 
@@ -293,6 +286,10 @@ class DomainParallelPeriodicConv2d(DomainParallelLayer):
         return self.conv.bias
 
     @property
+    def _sides(self) -> str:
+        return getattr(self, "sides", "circular")
+
+    @property
     def halo_exchange(self) -> HaloExchange:
         """A symmetric exchange that covers this layer. The layer itself sends the minimum instead."""
         reach = self.conv.dilation[0] * (self.conv.kernel_size[0] - 1)
@@ -304,14 +301,14 @@ class DomainParallelPeriodicConv2d(DomainParallelLayer):
         if not isinstance(x, Slab) or x.cut != x.ndim - 2 or x.shape[-2] <= pad:
             return super().on_slab(x, *args, **kwargs)
         if keeps_rows(window, x.partition) and not (conv._forward_hooks or conv._forward_pre_hooks):
-            wide = x.like(F.pad(x.local, (pad, pad, 0, 0), mode="circular"))
+            wide = x.like(F.pad(x.local, (pad, pad, 0, 0), mode=self._sides))
             geometry = (list(conv.stride), [pad, 0], list(conv.dilation), conv.groups)
             return conv_in_place(wide, conv.weight, conv.bias, geometry, window)
         found = fetch(x, window)
         if found is None:
             return super().on_slab(x, *args, **kwargs)
         rows, target = found
-        return x.like(conv(F.pad(rows, (pad, pad, 0, 0), mode="circular")), partition=target)
+        return x.like(conv(F.pad(rows, (pad, pad, 0, 0), mode=self._sides)), partition=target)
 
 
 class SharedHalo(DomainParallelLayer):
@@ -398,23 +395,18 @@ def _uncompile(root: nn.Module) -> None:
             continue
         if module._compiled_call_impl is not None:
             module._compiled_call_impl = None
-        elif isinstance(module, torch._dynamo.OptimizedModule) and module.forward != module._orig_mod.__call__:
-            module.__dict__["forward"] = module._orig_mod.__call__
+        elif (plain := compiled(module)) is not None and module.forward != plain.__call__:
+            module.__dict__["forward"] = plain.__call__
         else:
             continue
         path = next(path for path, one in root.named_modules() if one is module)
         logger.warning("%s was compiled; on fields cut over ranks it runs as it is written", path)
 
 
-class DomainParallelRoot(nn.Module):
+class DomainParallelRoot(Became):
     """The outermost module of a converted model: takes shards, gives shards, and is the plain model inside."""
 
-    _layer: type
-    _plain: type
     _domain_border: Border
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self._layer, self._plain), self.__dict__
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if is_inside_model() or any(isinstance(leaf, Slab) for leaf in (*args, *kwargs.values())):
@@ -422,5 +414,5 @@ class DomainParallelRoot(nn.Module):
         run = self._domain_border.run
         if "torch._dynamo" in sys.modules:  # Slabs and exchanges are not for a compiler to trace.
             _uncompile(self)
-            run = torch._dynamo.disable(run)
+            run = torch.compiler.disable(run)
         return run(self, super().forward, args, kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -135,10 +136,10 @@ class DomainParallelManager:
 
     # A group cannot be copied or stored: a copied model keeps its manager, and a model that is
     # loaded again in another process takes the manager of that process.
-    def __deepcopy__(self, memo: dict) -> DomainParallelManager:
+    def __deepcopy__(self, memo: dict[str, Any]) -> DomainParallelManager:
         return self
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return get_domain_parallel_manager, ()
 
     def __repr__(self) -> str:

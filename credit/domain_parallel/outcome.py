@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from credit.domain_parallel.autocast import casts
+from credit.domain_parallel.torch_private import no_dispatch_modes
 
 MAX_KNOWN = 10_000
 
@@ -86,7 +88,9 @@ class _Base(NamedTuple):
     """Stands for the base of a view among the arguments."""
 
 
-def view_in(base: Tensor, func: Any, args: tuple, kwargs: dict, number: int) -> Callable[[Tensor], Tensor]:
+def view_in(
+    base: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], number: int
+) -> Callable[[Tensor], Tensor]:
     """The `number`-th tensor that func(*args, **kwargs) gives, as a function of `base`, which it does not keep."""
     if args and args[0] is base and not kwargs and _is_constant(args[1:]):  # for speed
         return partial(_of_first, func, args[1:], number)
@@ -94,11 +98,11 @@ def view_in(base: Tensor, func: Any, args: tuple, kwargs: dict, number: int) -> 
     return partial(_with_base, func, args, kwargs, number)
 
 
-def _of_first(func: Any, rest: tuple, number: int, base: Tensor) -> Tensor:
+def _of_first(func: Any, rest: tuple[Any, ...], number: int, base: Tensor) -> Tensor:
     return tensors_in(func(base, *rest))[number]
 
 
-def _with_base(func: Any, args: tuple, kwargs: dict, number: int, base: Tensor) -> Tensor:
+def _with_base(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], number: int, base: Tensor) -> Tensor:
     found = func(*_filled(args, base), **{name: _filled(x, base) for name, x in kwargs.items()})
     return tensors_in(found)[number]
 
@@ -109,13 +113,13 @@ def _filled(x: Any, base: Tensor) -> Any:
     return type(x)(_filled(one, base) for one in x) if isinstance(x, tuple | list) else x
 
 
-def outcomes(func: Any, args: tuple, kwargs: dict) -> list[Outcome] | None:
+def outcomes(func: Any, args: Any, kwargs: Any) -> list[Outcome] | None:
     """The tensors that func(*args, **kwargs) returns; None where torch cannot tell without values.
 
     Raises:
         what torch raises for such operands.
     """
-    key = (func, *map(_token, args), *((name, _token(x)) for name, x in kwargs.items()))
+    key = (func, casts(), *map(_token, args), *((name, _token(x)) for name, x in kwargs.items()))
     try:
         return _known[key]
     except KeyError:
@@ -151,25 +155,27 @@ def _token(x: Any) -> Any:
     return type(x), x
 
 
-def _find(func: Any, args: tuple, kwargs: dict) -> list[Outcome] | None:
+def _find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Outcome] | None:
     operands: list[Tensor] = []
 
     def empty(x: Tensor) -> Tensor:
         if x.layout is not torch.strided:
             raise NotImplementedError("sparse tensors")
         strides = strides_of(x)
-        meta = torch.empty(x.shape, dtype=x.dtype, device="meta")
+        # Autocast, which does not see tensors without values, would make operands of one type of these.
+        kind = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) and casts() else x.dtype
+        meta = torch.empty(x.shape, dtype=kind, device="meta")
         if strides is not None:
-            meta = torch.empty_strided(x.shape, strides, dtype=x.dtype, device="meta")
+            meta = torch.empty_strided(x.shape, strides, dtype=kind, device="meta")
         operands.append(meta)
         return meta
 
     try:
-        given = replaced((args, kwargs), empty)
-        if func.__name__.endswith("_like") and "device" in kwargs:
-            given[1]["device"] = "meta"  # nothing is drawn
-        # Who counts operations or memory in a dispatch mode is not to count these.
-        with torch.no_grad(), _disable_current_modes():
+        # Who counts operations or memory in a dispatch mode, or records them, is not to see these.
+        with torch.no_grad(), no_dispatch_modes():
+            given = replaced((args, kwargs), empty)
+            if func.__name__.endswith("_like") and "device" in kwargs:
+                given[1]["device"] = "meta"  # nothing is drawn
             found = func(*given[0], **given[1])
     except NotImplementedError:
         return None
@@ -181,7 +187,7 @@ def _find(func: Any, args: tuple, kwargs: dict) -> list[Outcome] | None:
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def _keeps_channels_last(func: Any, args: tuple, kwargs: dict) -> bool:
+def _keeps_channels_last(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Functions that store their result like that, which torch (2.13) does not say without values."""
     name = func.__name__
     if name == "pad":
@@ -191,10 +197,11 @@ def _keeps_channels_last(func: Any, args: tuple, kwargs: dict) -> bool:
 
 def convolved_strides(shape: tuple[int, ...], x: Any, weight: Tensor) -> tuple[int, ...] | None:
     """How torch stores the convolution, of this shape, of the slab `x`."""
-    given = [torch.empty_strided(x.shape, x.strides, device="meta")] if x.strides is not None else []
-    if not any(map(_is_channels_last, [*given, weight])) or len(shape) not in _CHANNELS_LAST:
-        return None
-    return torch.empty(shape, device="meta", memory_format=_CHANNELS_LAST[len(shape)]).stride()
+    with no_dispatch_modes():
+        given = [torch.empty_strided(x.shape, x.strides, device="meta")] if x.strides is not None else []
+        if not any(map(_is_channels_last, [*given, weight])) or len(shape) not in _CHANNELS_LAST:
+            return None
+        return torch.empty(shape, device="meta", memory_format=_CHANNELS_LAST[len(shape)]).stride()
 
 
 def _is_channels_last(x: Tensor) -> bool:

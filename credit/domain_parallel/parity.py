@@ -14,7 +14,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from credit.domain_parallel.containers import closed, opened
 from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
@@ -29,6 +28,7 @@ from credit.domain_parallel.root import Border
 from credit.domain_parallel.sharding import shard_tensor
 from credit.domain_parallel.slab import Slab, name_of, observed
 from credit.domain_parallel.thread_ranks import RankError, ThreadWorld, thread_ranks
+from credit.domain_parallel.torch_private import tree_flatten, tree_leaves, tree_unflatten
 
 THREADS = 3
 """Ranks to be made where none are there: with fewer none has two neighbours."""
@@ -38,11 +38,11 @@ Convert = Callable[[nn.Module, DomainParallelManager], nn.Module]
 
 def verify_parity(
     model: nn.Module,
-    example_inputs: tuple,
+    example_inputs: tuple[Any, ...],
     manager: DomainParallelManager | None = None,
     *,
     shard_dim: int = -2,
-    kwargs: dict | None = None,
+    kwargs: dict[str, Any] | None = None,
     custom_converters: Mapping[Any, Converter] | None = None,
     tolerance: float = 1e-9,
     dtype: torch.dtype = torch.float64,
@@ -98,11 +98,12 @@ def verify_parity(
 def verify_parity_at(
     places: Callable[[ThreadWorld], Place],
     model: nn.Module,
-    example_inputs: tuple,
+    example_inputs: tuple[Any, ...],
     ranks: int,
     custom_converters: Mapping[Any, Converter] | None = None,
     fallback: Literal["gather", "refuse"] = "gather",
     tolerance: float = 1e-9,
+    dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> ParityReport:
     """`verify_parity` on `ranks` threads that make up several groups.
@@ -111,7 +112,7 @@ def verify_parity_at(
         places: called on every rank: where its part of the model runs.
     """
     convert = partial(convert_to_domain_parallel, custom_converters=custom_converters, fallback=fallback)
-    found = _comparison(model, example_inputs, None, convert, -2, torch.float64, tolerance, seed)
+    found = _comparison(model, example_inputs, None, convert, -2, dtype, tolerance, seed)
     return _on_threads(found, ranks, places)
 
 
@@ -134,8 +135,8 @@ def _generators_kept() -> Any:
 
 def _comparison(
     model: nn.Module,
-    example_inputs: tuple,
-    kwargs: dict | None,
+    example_inputs: tuple[Any, ...],
+    kwargs: dict[str, Any] | None,
     convert: Convert,
     shard_dim: int,
     dtype: torch.dtype,

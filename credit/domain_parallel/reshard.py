@@ -12,6 +12,7 @@ from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.halo_exchange import exchange, moved
 from credit.domain_parallel.partition import Everything, Partition, PartitionError, RowMap, Rows, make_plan
 from credit.domain_parallel.slab import Declined, Slab, is_slab
+from credit.domain_parallel.torch_private import unsafe_view
 
 
 def plain_partition(slab: Slab) -> Partition:
@@ -91,7 +92,7 @@ def cut_along(x: Tensor, axis: int, like: Slab) -> Tensor:
 
 
 def is_dealt_evenly(slab: Slab, groups: int) -> bool:
-    """True if every rank has as many whole ones of `groups` equal groups along the cut, in order."""
+    """True if every rank holds the same number of whole groups, of `groups` equal ones along the cut, in order."""
     partition = slab.partition
     return partition.outer == 1 and partition.rows % partition.parts == 0 and groups % partition.parts == 0
 
@@ -144,7 +145,7 @@ def _all_to_all(x: Tensor, source: Cut, target: Cut, group: RankGroup) -> Tensor
     joined = torch.cat(pieces, old_axis + 1)
     shape = [*joined.shape[:old_axis], old.length, *joined.shape[old_axis + 2 :]]
     # Not as a view: what an autograd function returns could then not be changed in place.
-    return torch.ops.aten._unsafe_view(joined, shape)
+    return unsafe_view(joined, shape)
 
 
 def part(x: Tensor, axis: int, partition: Partition, rank: int) -> Tensor:

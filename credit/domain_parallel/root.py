@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from credit.domain_parallel.containers import closed, opened
+from credit.domain_parallel.autocast import casts_of_its_own
+from credit.domain_parallel.containers import closed, flattened, opened, restored
 from credit.domain_parallel.gathered import gathers_refused
 from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.lengths import check_lengths, gather_numbers, gather_texts
@@ -26,10 +26,17 @@ from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import Once, plain, reshard, whole
 from credit.domain_parallel.side_doors import refuse_side_doors
 from credit.domain_parallel.slab import Slab, inside_model, refuse, rules_of
+from credit.domain_parallel.torch_private import tree_map
 from credit.domain_parallel.whole_view import as_whole
+
+if TYPE_CHECKING:
+    from credit.domain_parallel.recorded import Recorder
 
 MAX_SHARDED_INPUTS = 28
 GENERATORS = ("torch", "Python", "numpy")
+
+_READY = 62
+"""The bit that tells a rank's peers that it can replay the call, above those of the rows and of their order."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,13 @@ class Border:
 
     Attributes:
         fallback: what becomes of a function without a rule.
+        recorder: records calls, and replays them; None for none.
     """
 
     manager: DomainParallelManager
     shard_dim: int
     fallback: Literal["gather", "refuse"] = "gather"
+    recorder: Recorder | None = None
 
     @property
     def group(self) -> RankGroup:
@@ -55,7 +64,7 @@ class Border:
     def is_field(self, x: Any) -> bool:
         return isinstance(x, Tensor) and x.ndim >= 2 - self.shard_dim
 
-    def run(self, root: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+    def run(self, root: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """forward(*args, **kwargs) of shards, as slabs inside.
 
         Raises:
@@ -63,10 +72,21 @@ class Border:
                 numbers that are not the same on all ranks.
         """
         before = generator_states()
-        (args, kwargs), differing = self._enter(root, args, kwargs, before)
-        with inside_model(self.group), gathers_refused(self.fallback == "refuse"):
-            output = self.leave(forward(*args, **kwargs))
+        leaves, structure = flattened((args, kwargs))
+        kind = self.recorder.kind(root, leaves, structure) if self.recorder is not None else None
+        leaves, differing, replay = self._enter(root, leaves, before, kind is not None and kind.is_ready)
+
+        def body(leaves: list[Any]) -> Any:
+            args, kwargs = restored(leaves, structure)
+            with inside_model(self.group), gathers_refused(self.fallback == "refuse"), casts_of_its_own():
+                return self.leave(forward(*args, **kwargs))
+
+        recording = self.recorder.found(kind, leaves) if replay else None  # type: ignore[union-attr, arg-type]
+        output = body(leaves) if recording is None else recording(leaves)
+        if recording is None:
             refuse_side_doors(root)
+            if kind is not None:
+                self.recorder.learn(root, kind, body, leaves)  # type: ignore[union-attr]
         now = generator_states() if differing else before
         drawn = [GENERATORS[i] for i in differing if now[i] != before[i]]
         if drawn:
@@ -77,9 +97,10 @@ class Border:
             )
         return output
 
-    def _enter(self, root: nn.Module, args: tuple, kwargs: dict, generators: tuple) -> tuple[Any, list[int]]:
-        """What the model is given, and which generators differ between the ranks."""
-        leaves, structure = tree_flatten(opened((args, kwargs)), is_leaf=lambda x: isinstance(x, Tensor))
+    def _enter(
+        self, root: nn.Module, leaves: list[Any], generators: tuple[Any, ...], is_ready: bool
+    ) -> tuple[list[Any], list[int], bool]:
+        """What the model is given, which generators differ between the ranks, and whether all ranks are ready."""
         fields = [leaf for leaf in leaves if self.is_field(leaf)]
         if not 0 < len(fields) <= MAX_SHARDED_INPUTS:
             raise DomainParallelError(
@@ -87,23 +108,26 @@ class Border:
                 f"a batch axis, a channel axis and all axes from {self.shard_dim} on; anything else is taken for whole."
             )
         rest = (root.training, torch.is_grad_enabled(), *(self._describe(leaf) for leaf in leaves))
-        numbers = [leaf.shape[self.shard_dim] | _order_code(leaf) << 32 for leaf in fields]
+        numbers = [leaf.shape[self.shard_dim] | _order_code(leaf) << 32 | is_ready << _READY for leaf in fields]
         padding = [-1] * (MAX_SHARDED_INPUTS - len(numbers))
         rows = gather_numbers([_digest(rest), *map(_digest, generators), *numbers, *padding], self.group)
         if len({(row[0], row.count(-1)) for row in rows}) > 1:
             self._refuse_disagreement(root, rest)
         first = 1 + len(generators)
-        columns = iter([[row[first + i] for row in rows] for i in range(len(fields))])
+        all_ready = all(row[first] >> _READY for row in rows)
+        columns = iter([[row[first + i] & ~(1 << _READY) for row in rows] for i in range(len(fields))])
         name = f"inputs of {type(root).__name__}"
         entered = [self._slab(leaf, next(columns), name) if self.is_field(leaf) else leaf for leaf in leaves]
         differing = [i for i in range(len(generators)) if len({row[1 + i] for row in rows}) > 1]
-        return closed(tree_unflatten(entered, structure)), differing
+        return entered, differing, all_ready
 
     def _slab(self, x: Tensor, numbers: list[int], name: str) -> Slab:
         length = check_lengths([number & 0xFFFFFFFF for number in numbers], self.group, name)
         slab = Slab(x, x.ndim + self.shard_dim, Partition(length, self.group.size), self.group)
+        shape = [*x.shape]
+        shape[slab.cut] = length
         # As the first rank stores its rows: another may have but one, of which the order is not seen.
-        slab.strides = _strides(tuple(slab.shape), numbers[0] >> 32)
+        slab.strides = _strides(tuple(shape), numbers[0] >> 32)
         return slab
 
     def leave(self, output: Any) -> Any:
@@ -139,7 +163,7 @@ class Border:
             return (*shape, str(leaf.dtype), leaf.requires_grad)
         return (*shape, str(leaf.dtype), leaf.requires_grad, _content(leaf))
 
-    def _refuse_disagreement(self, root: nn.Module, rest: tuple) -> None:
+    def _refuse_disagreement(self, root: nn.Module, rest: tuple[Any, ...]) -> None:
         described = gather_texts(str(rest), self.group)
         lines = "\n".join(f"  domain rank {rank}: {text}" for rank, text in enumerate(described))
         raise DomainParallelError(

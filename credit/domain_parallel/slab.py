@@ -24,13 +24,19 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from credit.domain_parallel.binding import bind, declarations
 from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.manager import DomainParallelError
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.storage import Memory, Place, everything
+from credit.domain_parallel.torch_private import (
+    NN,
+    inside_backward,
+    make_wrapper_subclass,
+    torch_function_off,
+    tree_map,
+)
 
 RULES: dict[Any, Callable[..., Any]] = {}
 """What a torch function does when one of its arguments is a slab, given the arguments as they are."""
@@ -53,7 +59,7 @@ _NAMESPACES = {
     "torch": torch,
     "Tensor": torch.Tensor,
     "F": F,
-    "nn": torch._C._nn,
+    "nn": NN,
     "fft": torch.fft,
     "linalg": torch.linalg,
     "special": torch.special,
@@ -98,7 +104,7 @@ class _State(threading.local):
 
 _state = _State()
 
-answers: list[Callable[[Any, tuple, dict, Any], Any]] = []
+answers: list[Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Any]] = []
 """How a call that meets slabs is answered; `credit.domain_parallel.calls`, which is made of slabs, puts it here."""
 
 
@@ -134,7 +140,7 @@ class Slab(torch.Tensor):
         if shape[cut] != partition.size(group.rank):
             raise AssertionError(f"{shape} does not hold the part of axis {cut} that {partition} gives this rank")
         shape[cut] = partition.length
-        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self = make_wrapper_subclass(
             cls, shape, dtype=local.dtype, device=local.device, requires_grad=local.requires_grad
         )
         self._local, self.cut, self.partition, self.group = local, cut, partition, group
@@ -149,7 +155,7 @@ class Slab(torch.Tensor):
         """
         if self.memory is not None and self.memory.view is not None:
             self.memory.refresh()
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_function_off():
             function = _local_grad_fn(self)
             if function is not None:
                 name = function.name().removesuffix("Backward")
@@ -185,13 +191,15 @@ class Slab(torch.Tensor):
             self.memory.changed(self.detached)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if _state.observer is not None:
             _state.observer(func)
         before = _state.kind, _state.func
         _state.kind, _state.func = Slab, func  # `rules_of`, in a third of its time
         try:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch_function_off():
                 if func not in ASKS:
                     _refuse_outside(func)
                 return answers[0](func, args, kwargs or {}, types)
@@ -199,11 +207,11 @@ class Slab(torch.Tensor):
             _state.kind, _state.func = before
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *unused: Any) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: Any, *unused: Any) -> Any:
         refuse(str(func), "it was called from compiled or C++ code, where it cannot be rerouted")
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_function_off():
             return f"Slab({list(self.shape)}, axis {self.cut} cut as {self.partition.sizes}, {self._local!r})"
 
 
@@ -238,7 +246,7 @@ def met(func: Any) -> Iterator[None]:
     """While `func`, of which torch tells no slab, is answered."""
     if _state.observer is not None:
         _state.observer(func)
-    with rules_of(Slab, func), torch._C.DisableTorchFunctionSubclass():
+    with rules_of(Slab, func), torch_function_off():
         _refuse_outside(func)
         yield
 
@@ -294,21 +302,21 @@ def show_rows_to_hooks(module: nn.Module) -> None:
     module.register_forward_pre_hook(closed, with_kwargs=True)
 
 
-def _each(args: tuple, kwargs: dict, kind: type, change: Callable[[Any], Any]) -> tuple[Any, Any]:
+def _each(args: tuple[Any, ...], kwargs: dict[str, Any], kind: type, change: Callable[[Any], Any]) -> tuple[Any, Any]:
     def is_one(x: Any) -> bool:
         return isinstance(x, kind)
 
-    return _pytree.tree_map(lambda x: change(x) if is_one(x) else x, (args, kwargs), is_leaf=is_one)
+    return tree_map(lambda x: change(x) if is_one(x) else x, (args, kwargs), is_leaf=is_one)
 
 
-def rule(*names: str, **renamed: str) -> Callable[[Callable], Callable]:
+def rule(*names: str, **renamed: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as the rule of torch functions: "conv2d" wherever it is found, "F.pad" there alone.
 
     Its parameters have the names that torch declares (`input` for the first argument of a method), or those that
     `renamed` gives for some of them. What it does not take is gathered.
     """
 
-    def register(function: Callable) -> Callable:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in names:
             for func in torch_functions(name):
                 register_rule(func, bound(func, function, renamed))
@@ -317,14 +325,14 @@ def rule(*names: str, **renamed: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def register_rule(func: Any, answer: Callable) -> None:
+def register_rule(func: Any, answer: Callable[..., Any]) -> None:
     """Make `answer` the rule of `func`, which has none."""
     if func in RULES:
         raise TypeError(f"{name_of(func)} has two rules")
     RULES[func] = answer
 
 
-def bound(func: Any, function: Callable, renamed: dict[str, str]) -> Callable:
+def bound(func: Any, function: Callable[..., Any], renamed: dict[str, str]) -> Callable[..., Any]:
     """`function`, called with the arguments of a call of `func` as torch names them.
 
     Raises:
@@ -384,7 +392,7 @@ def inside_model(group: RankGroup | None = None) -> Iterator[None]:
 
 def is_inside_model() -> bool:
     """True in the forward of a converted model, and when checkpointing runs parts of it again."""
-    return _state.inside or torch._C._current_graph_task_id() != -1
+    return _state.inside or inside_backward()
 
 
 def group_inside() -> RankGroup | None:

@@ -30,6 +30,7 @@ from torch import Tensor
 from credit.domain_parallel.groups import Messages, RankGroup, Reduction
 from credit.domain_parallel.manager import DomainParallelManager, as_rank
 from credit.domain_parallel.slab import whereabouts
+from credit.domain_parallel.torch_private import inside_backward
 
 
 class _Generators:
@@ -210,7 +211,9 @@ class ThreadWorld:
                         f"received"
                     )
 
-    def _live(self, number: int, grad: bool, function: Callable[..., Any], args: tuple, kwargs: dict) -> None:
+    def _live(
+        self, number: int, grad: bool, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         rank = self._ranks[number]
         rank.may_run.acquire()
         self._running.rank = number
@@ -231,7 +234,7 @@ class ThreadWorld:
             return
         number = self.rank
         rank = self._ranks[number]
-        rank.ready, rank.awaits, rank.in_backward = ready, awaits, _in_backward()
+        rank.ready, rank.awaits, rank.in_backward = ready, awaits, inside_backward()
         rank.generators.save()
         self._hand_over(number)
         rank.may_run.acquire()
@@ -331,7 +334,7 @@ class ThreadRanks(RankGroup):
         return message
 
     def _queue(self, source: int, target: int) -> list[Tensor]:
-        return self._box.messages.setdefault((source, target, _in_backward()), [])
+        return self._box.messages.setdefault((source, target, inside_backward()), [])
 
 
 def ring_sum(values: Sequence[Tensor]) -> Tensor:
@@ -359,10 +362,6 @@ def ring_sum(values: Sequence[Tensor]) -> Tensor:
             partial = partial + flat[(owner - step) % size][part]
         total.view(-1)[part] = partial
     return total
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _described(tensor: Tensor) -> str:

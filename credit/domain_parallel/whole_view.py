@@ -11,6 +11,7 @@ from torch import Tensor
 from credit.domain_parallel.outcome import shares
 from credit.domain_parallel.slab import Slab, answers, refuse
 from credit.domain_parallel.storage import Memory, Place, View, everything, expanded, repeated, stored
+from credit.domain_parallel.torch_private import make_wrapper_subclass, torch_function_off
 
 
 def viewed(view: View, x: Tensor, moved: bool, strides: tuple[int, ...] | None) -> Tensor:
@@ -52,7 +53,7 @@ class WholeView(torch.Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, memory: Memory) -> WholeView:
-        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self = make_wrapper_subclass(
             cls,
             local.shape,
             strides=local.stride(),
@@ -70,15 +71,17 @@ class WholeView(torch.Tensor):
         return self._local
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         slab = next((kind for kind in types if issubclass(kind, Slab)), None)
         if slab is not None:
             return slab.__torch_function__(func, types, args, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_function_off():
             return answers[0](func, args, kwargs or {}, types)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *unused: Any) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: Any, *unused: Any) -> Any:
         refuse(str(func), "it was called from compiled or C++ code, where it cannot be rerouted")
 
 

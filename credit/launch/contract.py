@@ -19,9 +19,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
+from credit.config.parallelism import Conf
+from credit.domain_parallel.torch_private import default_timeout, tree_leaves
 from credit.errors import LaunchError
 from credit.layout import MeshShape, mesh_coords, mesh_shape, parse_parallelism_conf
 from credit.parallel.collectives import gather_objects
@@ -53,7 +54,7 @@ class CheckedLoader:
         LaunchError: while iterating, on all ranks of a replica whose batches differ.
     """
 
-    def __init__(self, loader: Iterable, shape: MeshShape, whole: Sequence[str] | None, every: int) -> None:
+    def __init__(self, loader: Iterable[Any], shape: MeshShape, whole: Sequence[str] | None, every: int) -> None:
         self.loader, self.shape, self.whole, self.every = loader, shape, whole, every
 
     def __len__(self) -> int:
@@ -118,7 +119,7 @@ class Who(NamedTuple):
 
 
 def enforce_sampler_contract(
-    loader: DataLoader, conf: dict, *, drawn: int = 0, whole: Sequence[str] | None = None, every: int = 50
+    loader: DataLoader[Any], conf: Conf, *, drawn: int = 0, whole: Sequence[str] | None = None, every: int = 50
 ) -> CheckedLoader:
     """Compare what all ranks will draw in the coming pass, and go on comparing. Called by all, before the first step.
 
@@ -165,7 +166,7 @@ def enforce_sampler_contract(
     return CheckedLoader(loader, shape, whole, every)
 
 
-def planned_samples(loader: DataLoader) -> tuple[np.ndarray, int] | None:
+def planned_samples(loader: DataLoader[Any]) -> tuple[np.ndarray, int] | None:
     """Ids of the samples of this rank's coming pass, in order, and the number of draws.
 
     Fillers, draws of weight 0 (see `credit.data.sampler`), are not among the ids. No random generator moves. None if an
@@ -182,7 +183,7 @@ def planned_samples(loader: DataLoader) -> tuple[np.ndarray, int] | None:
 
 
 @contextmanager
-def _generators_kept(loader: DataLoader) -> Iterator[None]:
+def _generators_kept(loader: DataLoader[Any]) -> Iterator[None]:
     """Samplers draw from generators of their own, or from torch's."""
     holders = (loader, loader.batch_sampler, loader.sampler, getattr(loader.batch_sampler, "sampler", None))
     own = [getattr(holder, "generator", None) for holder in holders]
@@ -193,7 +194,7 @@ def _generators_kept(loader: DataLoader) -> Iterator[None]:
         generator.set_state(state)
 
 
-def _batch_size(loader: DataLoader) -> int:
+def _batch_size(loader: DataLoader[Any]) -> int:
     sampler = loader.batch_sampler
     return loader.batch_size or getattr(sampler, "share", None) or getattr(sampler, "batch_size", None) or 1
 
@@ -269,8 +270,7 @@ def _replica_group(size: int) -> dist.ProcessGroup | None:
     if size == 1 or not dist.is_initialized():
         return None
     # A new group would wait half an hour, whatever the world's timeout.
-    timeout = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
-    return dist.new_subgroups(group_size=size, timeout=timeout, backend="gloo")[0]
+    return dist.new_subgroups(group_size=size, timeout=default_timeout(), backend="gloo")[0]
 
 
 def _name_odd(people: Sequence[Who], values: Sequence[Any]) -> str:

@@ -19,7 +19,8 @@ from credit import __version__
 from credit.container import PREFIX, image
 from credit.errors import LaunchError
 from credit.findings import Finding
-from credit.launch.ranks import claims, gpus_of_job
+from credit.launch.network import faces
+from credit.launch.ranks import claims, gpus_of_job, is_loopback
 
 DISTRIBUTION = "credit-hpc"
 SHM_BYTES = 64 * 2**20
@@ -91,13 +92,19 @@ def _network() -> Iterator[Finding]:
         if missing:
             fix = f"unset it, or take one of {', '.join(interfaces)}"
             yield Finding("error", "network", f"{variable} names {', '.join(missing)}, which is not here", fix)
-    try:
-        address = socket.gethostbyname(socket.gethostname())
-    except OSError:
-        fix = "add it to /etc/hosts, or set GLOO_SOCKET_IFNAME"
-        yield Finding("warning", "network", f"the host name {socket.gethostname()} does not resolve; {named}", fix)
+    reached = [f"{one.address} ({one.interface})" for one in faces() if not is_loopback(one.address)]
+    if not reached:
+        fix = "ranks on several nodes need another"
+        yield Finding("warning", "network", f"there are loopback addresses only; {named}", fix)
         return
-    yield Finding("ok", "network", f"{socket.gethostname()} is {address}; {named}")
+    name = socket.gethostname()
+    try:
+        own = f"{name} is {socket.getaddrinfo(name, None)[0][4][0]}"
+    except OSError:
+        own = f"the host name {name} does not resolve"
+    else:
+        own += ", a loopback address" if is_loopback(name) else ""
+    yield Finding("ok", "network", f"{own}; ranks on several nodes try {', '.join(reached)}; {named}")
 
 
 def _devices() -> Iterator[Finding]:

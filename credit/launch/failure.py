@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -9,6 +10,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from credit.domain_parallel.torch_private import default_store
 from credit.errors import LaunchError
 from credit.layout import MeshShape, Seat, mesh_coords
 
@@ -57,6 +59,18 @@ def naming_lost_peers(rank: int, seats: Sequence[Seat], shape: MeshShape, timeou
         ) from error
 
 
+def is_first_to_say(text: str) -> bool:
+    """True on one of the ranks that ask with this text: all may have met the same error, each by itself."""
+    if not dist.is_initialized():
+        return True
+    key = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).hexdigest()
+    with suppress(dist.DistError, RuntimeError):
+        store = default_store()
+        store.set_timeout(timedelta(seconds=ROLL_CALL_S))
+        return store.add(f"credit/said/{key}", 1) == 1
+    return True
+
+
 def _coords(shape: MeshShape, rank: int) -> str:
     coords = mesh_coords(shape, rank)
     return f"(dp {coords.dp}, tp {coords.tp}, domain {coords.domain})"
@@ -64,7 +78,7 @@ def _coords(shape: MeshShape, rank: int) -> str:
 
 def _silent(rank: int, ranks: int) -> list[int] | None:
     """The ranks that do not come to the roll call; None if there is no store to hold it in."""
-    store = dist.distributed_c10d._get_default_store()
+    store = default_store()
     keys = [f"credit/roll_call/{peer}" for peer in range(ranks)]
     with suppress(dist.DistError, RuntimeError):
         store.set_timeout(timedelta(seconds=ROLL_CALL_S))

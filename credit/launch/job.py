@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 
 import credit
+from credit.boundary import CAUGHT, leave_tracebacks_in
+from credit.caches import compiled_code, own_caches
 from credit.config import Config
 from credit.domain_parallel.manager import DomainParallelManager
 from credit.domain_parallel.partition import Partition
-from credit.errors import ConfigError, LaunchError
+from credit.domain_parallel.torch_private import bound_default_group
+from credit.errors import LaunchError
+from credit.launch import network
 from credit.launch.failure import naming_lost_peers
-from credit.launch.ranks import Ranks, gpus_of_job
-from credit.launch.rendezvous import join
-from credit.layout import MeshShape, Seat, mesh_coords, mesh_shape
+from credit.launch.ranks import LEFT_OVER, Ranks, gpus_of_job, number_of
+from credit.launch.rendezvous import NotMetError, join, start_deadline
+from credit.layout import MeshShape, Seat, joined_mesh_shape, mesh_coords
 from credit.parallel.collectives import gather_objects, together
 from credit.parallel.fsdp2 import gradient_mesh
 from credit.parallel.mesh import build_device_mesh
 from credit.status import claimed
 
-START_TIMEOUT_S = 600.0
-"""How long ranks wait for each other before the config says otherwise."""
-
-
 SEEN_S = 30.0
 """A file system over a network shows a new file to other nodes after some time."""
+SKEW_S = 30.0
+"""By how much the clocks of hosts may differ before it is said."""
+END_S = 30.0
+"""How long taking the process groups down may take: a run that is done has not failed by that."""
+_starts = count()
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +55,7 @@ class Job:
         coords, shape: this rank's place on the mesh (dp, tp, domain), and the mesh's sizes.
         manager: of the domain group; of one rank where the domain is 1.
         gradient_mesh: the ranks over which gradients are averaged, dp x domain; None for one.
+        clock_ahead: seconds that this host's clock is ahead of rank 0's, where they differ by much.
     """
 
     config: Config
@@ -56,6 +67,7 @@ class Job:
     shape: MeshShape
     coords: MeshShape
     manager: DomainParallelManager
+    clock_ahead: float = 0.0
 
     @property
     def is_first(self) -> bool:
@@ -86,34 +98,43 @@ def start_job(load: Callable[[], Config]) -> Iterator[Job]:
     Raises:
         CreditError: on every rank alike.
     """
-    ranks = join()
-    config, error = None, None
+    compiled_code()
+    own_caches()
+    deadline = start_deadline()
+    ranks = join(deadline=deadline)
+    config: Config | None = None
+    error: BaseException | None = None
     try:
         config = load()
-    except ConfigError as caught:
+    except CAUGHT as caught:
         error = caught
-    timeout = timedelta(seconds=config.trainer.timeout if config else START_TIMEOUT_S)
+    timeout = timedelta(seconds=config.trainer.timeout) if config else _left(deadline)
     ours = ranks.world_size > 1 and not dist.is_initialized()
     if ours:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        _start_process_group(ranks, backend, timeout)
+        _start_process_group(ranks, backend, deadline, timeout)
+    elif dist.is_initialized():  # by others, who may wait half an hour
+        bound_default_group(timeout)
     with together("reading the config"):
         if error is not None:
             raise error
     assert config is not None
+    leave_tracebacks_in(config.run)
     with together("choosing the device"):
         device = choose_device(ranks.local_rank)
     seats = _agree(config, device)
+    ahead = _clocks(seats)
     with together("building the mesh"):
         shape = checked_mesh_shape(config, ranks.world_size)
-    with naming_lost_peers(ranks.rank, seats, shape, timeout.total_seconds()):
-        mesh, _ = build_device_mesh(config.trainer.parallelism.model_dump(), device.type)
-        flat = gradient_mesh(mesh)
-        _bound_waits([mesh, flat], timeout)
+    with naming_lost_peers(ranks.rank, seats, shape, config.trainer.timeout):
+        with _new_groups_bounded_by(timeout):
+            mesh, _ = build_device_mesh(config.trainer.parallelism.model_dump(), device.type)
+            flat = gradient_mesh(mesh)
         manager = DomainParallelManager.from_mesh(mesh)
-        yield Job(config, ranks, seats, device, mesh, flat, shape, mesh_coords(shape, ranks.rank), manager)
+        coords, mine = mesh_coords(shape, ranks.rank), ahead[ranks.rank]
+        yield Job(config, ranks, seats, device, mesh, flat, shape, coords, manager, mine)
     if ours:  # after a failure the process ends, and taking the groups down could wait for those who are gone
-        dist.destroy_process_group()
+        _end_process_group()
 
 
 @contextmanager
@@ -147,22 +168,81 @@ def sole_writer(job: Job) -> Iterator[None]:
         yield
 
 
-def _start_process_group(ranks: Ranks, backend: str, timeout: timedelta) -> None:
-    """Where `join` found the meeting place, or by what torchrun put into the environment."""
+def _start_process_group(ranks: Ranks, backend: str, deadline: float, timeout: timedelta) -> None:
+    """Where `join` found the meeting place, or by what torchrun put into the environment; over a network that works.
+
+    Torch's own start is bounded by `timeout` alone, and begins once all ranks have come and all hosts reach each other.
+
+    Raises:
+        LaunchError: if the ranks do not meet before the deadline.
+    """
     meeting = ranks.rendezvous
+    towards = meeting.address if meeting else os.environ.get("MASTER_ADDR", "")
     try:
-        if meeting is None:
-            dist.init_process_group(backend, timeout=timeout)
-            return
-        first = ranks.rank == 0
-        world, fd = ranks.world_size, meeting.listening
-        store = dist.TCPStore(meeting.address, meeting.port, world, first, timeout, master_listen_fd=fd)
-        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=world, timeout=timeout)
-    except dist.DistError as error:
-        where = f"{meeting.address}:{meeting.port}" if meeting else "the address that torchrun gave"
-        raise LaunchError(
-            f"rank {ranks.rank} did not meet the others at {where}: {str(error).splitlines()[0]}"
+        store = dist.PrefixStore(f"credit/{next(_starts)}", _store(ranks, _left(deadline)))
+        agreed = network.agree(store, ranks.rank, ranks.world_size, deadline, towards)
+        if agreed.said and ranks.rank == 0:
+            print(f"credit: network: {agreed.said}", file=sys.stderr, flush=True)
+        for variable, whole in network.VARIABLES.items():
+            os.environ[variable] = os.environ.get(variable) or whole + agreed.interface
+        store.set_timeout(timeout)
+        dist.init_process_group(backend, timeout=timeout, world_size=ranks.world_size, rank=ranks.rank, store=store)
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise NotMetError(
+            f"rank {ranks.rank} on {socket.gethostname()} did not meet the others: {reason}. Did one end (see its own "
+            f"message, or the node's log), and may all nodes talk to each other?",
+            speaks=ranks.local_rank == 0,  # rank 0 may not be there to say so
         ) from error
+
+
+def _store(ranks: Ranks, timeout: timedelta) -> dist.Store:
+    meeting = ranks.rendezvous
+    if meeting is None:
+        if not os.environ.get("MASTER_ADDR"):
+            raise LaunchError(f"the environment has no MASTER_ADDR, which goes with RANK and WORLD_SIZE: {LEFT_OVER}")
+        number_of(os.environ, "MASTER_PORT")
+        return next(iter(rendezvous("env://", timeout=timeout)))[0]
+    first, fd = ranks.rank == 0, meeting.listening
+    return dist.TCPStore(meeting.address, meeting.port, ranks.world_size, first, timeout, master_listen_fd=fd)
+
+
+def _left(deadline: float) -> timedelta:
+    return timedelta(seconds=max(deadline - time.monotonic(), 1.0))
+
+
+@contextmanager
+def _new_groups_bounded_by(timeout: timedelta) -> Iterator[None]:
+    """Torch would let the ranks of a new subgroup wait half an hour for each other.
+
+    From the beginning: gloo's sends and receives go by what a group was made with, whatever is set afterwards.
+    """
+    module = dist.distributed_c10d
+    names = ("default_pg_timeout", "default_pg_nccl_timeout")
+    before = {name: getattr(module, name) for name in names}
+    try:
+        for name in names:
+            setattr(module, name, timeout)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def _end_process_group() -> None:
+    """Take the groups down once all ranks are here: others may still be asking the store, which ends with rank 0.
+
+    In a thread: a backend may wait for what does not come.
+    """
+
+    def take_down() -> None:
+        with suppress(RuntimeError):  # of a rank that has failed by itself
+            gather_objects(None)
+        dist.destroy_process_group()
+
+    end = threading.Thread(target=take_down, daemon=True)
+    end.start()
+    end.join(END_S)
 
 
 def checked_mesh_shape(config: Config, world_size: int) -> MeshShape:
@@ -171,17 +251,10 @@ def checked_mesh_shape(config: Config, world_size: int) -> MeshShape:
     Raises:
         CreditError: if the config cannot be laid out on them.
     """
-    parallelism = config.trainer.parallelism
     try:
-        shape = mesh_shape(parallelism.model_dump(), world_size)
+        return joined_mesh_shape(config.trainer.parallelism.model_dump(), world_size)
     except ValueError as error:
         raise LaunchError(str(error)) from None
-    if shape.dp > 1 and parallelism.data == "none":
-        raise LaunchError(
-            f"{world_size} ranks make {shape.dp} replicas, which trainer.parallelism.data: none would train apart "
-            f"from each other: set it to ddp or fsdp2, or start {world_size // shape.dp} ranks"
-        )
-    return shape
 
 
 def choose_device(local_rank: int) -> torch.device:
@@ -221,6 +294,22 @@ def _agree(config: Config, device: torch.device) -> list[Seat]:
     return [Seat(host, "cpu" if uuid == "cpu" else f"gpu {uuid[:8]}") for host, uuid in seats]
 
 
+def _clocks(seats: Sequence[Seat]) -> list[float]:
+    """Seconds by which each rank's clock is ahead of rank 0's, which counts; 0 where it is about the same."""
+    gather_objects(None)  # so that all look at the same time
+    times = gather_objects(time.time())
+    ahead = [one - times[0] if abs(one - times[0]) > SKEW_S else 0.0 for one in times]
+    wrong = {seats[rank].host: seconds for rank, seconds in enumerate(ahead) if seconds}
+    if wrong and (not dist.is_initialized() or dist.get_rank() == 0):
+        listed = ", ".join(f"{host} by {seconds:+.0f} s" for host, seconds in list(wrong.items())[:4])
+        print(
+            f"credit: warning: clocks differ from that of {seats[0].host}, which counts: {listed}. Have them set",
+            file=sys.stderr,
+            flush=True,
+        )
+    return ahead
+
+
 def refuse_differences(seats: Sequence[Seat], facts: Sequence[dict[str, str]]) -> None:
     """Raise a LaunchError that names what differs, with the ranks and hosts."""
     for name in facts[0]:
@@ -242,10 +331,3 @@ def refuse_shared_devices(seats: Sequence[Seat]) -> None:
                 f"ranks {other} and {rank} are both on GPU {seat.device} of {seat.host}: start one rank a GPU, and let "
                 f"every rank see all GPUs of its node, or its own alone (srun --gpus-per-task=1)"
             )
-
-
-def _bound_waits(meshes: list[DeviceMesh | None], timeout: timedelta) -> None:
-    """Give every subgroup the world's timeout; torch would let them wait half an hour."""
-    for mesh in meshes:
-        for group in mesh.get_all_groups() if mesh is not None else ():
-            dist.distributed_c10d._set_pg_timeout(timeout, group)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from credit.errors import LaunchError
 
+LEFT_OVER = "start the ranks with the launcher itself, or unset what is left of it, or set CREDIT_LAUNCHER=single"
 LAUNCHERS = ("torchrun", "mpi", "slurm", "pals", "submitit", "single")
 
 
@@ -82,13 +83,13 @@ def choose(env: Mapping[str, str] = os.environ) -> Claim:
     Raises:
         LaunchError: if what the launchers say cannot be true together, with the remedy.
     """
-    found = claims(env)
     explicit = env.get("CREDIT_LAUNCHER")
     if explicit is not None and explicit not in LAUNCHERS:
         raise LaunchError(f"CREDIT_LAUNCHER is {explicit!r}, not one of {', '.join(LAUNCHERS)}")
     single = Claim("single", "nobody", 0, 1, 0, 1)
     if explicit == "single":
         return single
+    found = claims(env)
     if explicit == "mpi" and not any(claim.source == "mpi" for claim in found):
         chosen = Claim("mpi", "CREDIT_LAUNCHER", 0, 0)
     elif explicit is not None:
@@ -98,6 +99,8 @@ def choose(env: Mapping[str, str] = os.environ) -> Claim:
         chosen = named[0]
     else:
         chosen = found[0] if found else single
+    if chosen.size and chosen.rank >= chosen.size:  # 0: mpi4py is yet to say
+        raise LaunchError(f"{chosen.said_by} says that this is rank {chosen.rank} of {chosen.size}: {LEFT_OVER}")
     if chosen.source == "single":
         _refuse_lost_launcher(env)
     if chosen.source == "torchrun":
@@ -121,6 +124,14 @@ def speaks(env: Mapping[str, str] = os.environ) -> bool:
         return env.get("RANK", "0") == "0"
 
 
+def rank_said(env: Mapping[str, str] = os.environ) -> int:
+    """This process's rank by the launcher that counts; 0 where none is understood. For names of files."""
+    try:
+        return choose(env).rank
+    except LaunchError:
+        return 0
+
+
 def _torchrun(env: Mapping[str, str]) -> Claim | None:
     given = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in env]
     if not given:
@@ -131,17 +142,18 @@ def _torchrun(env: Mapping[str, str]) -> Claim | None:
             f"start the ranks with torchrun, or unset what is left of it"
         )
     said_by = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "the environment (RANK, WORLD_SIZE)"
-    local_size = int(env["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in env else None
-    return Claim("torchrun", said_by, int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), local_size)
+    local_size = number_of(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else None
+    rank, size, local = (number_of(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return Claim("torchrun", said_by, rank, size, local, local_size)
 
 
 def _mpi(env: Mapping[str, str]) -> Claim | None:
-    open_mpi = [env.get(f"OMPI_COMM_WORLD_{name}") for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
-    mpich = [env.get(name) for name in ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")]
-    for said_by, given in (("mpiexec (Open MPI)", open_mpi), ("mpiexec (MPICH)", mpich)):
-        numbers = [int(number) for number in given if number is not None]
-        if len(numbers) == 4:
-            return Claim("mpi", said_by, numbers[0], numbers[1], numbers[2], numbers[3])
+    open_mpi = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
+    mpich = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]
+    for said_by, names in (("mpiexec (Open MPI)", open_mpi), ("mpiexec (MPICH)", mpich)):
+        if all(name in env for name in names):
+            rank, size, local, local_size = (number_of(env, name) for name in names)
+            return Claim("mpi", said_by, rank, size, local, local_size)
     return None
 
 
@@ -149,11 +161,14 @@ def _slurm(env: Mapping[str, str]) -> Claim | None:
     """The step's; a batch script has SLURM_PROCID too, without being a task."""
     if not env.get("SLURM_STEP_ID", "").isdigit() or "SLURM_PROCID" not in env:
         return None
-    node, each = int(env.get("SLURM_NODEID", "0")), _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    job = f"{env.get('SLURM_JOB_ID')}.{env['SLURM_STEP_ID']}.{env.get('SLURM_RESTART_COUNT', '0')}"
+    node, each = number_of(env, "SLURM_NODEID", "0"), _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    names = ("CLUSTER_NAME", "JOB_ID", "STEP_ID", "RESTART_COUNT")
+    job = ".".join(env.get(f"SLURM_{name}", "0") for name in names)
     hosts = expand_nodelist(env.get("SLURM_STEP_NODELIST", "localhost"))
-    size, local = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", "0"))
-    return Claim("slurm", "srun", int(env["SLURM_PROCID"]), size, local, each[node], job, hosts[0])
+    rank, size = number_of(env, "SLURM_PROCID"), number_of(env, "SLURM_STEP_NUM_TASKS")
+    if node >= len(each):
+        raise LaunchError(f"SLURM_NODEID is {node}, and SLURM_STEP_TASKS_PER_NODE is of {len(each)} nodes: {LEFT_OVER}")
+    return Claim("slurm", "srun", rank, size, number_of(env, "SLURM_LOCALID", "0"), each[node], job, hosts[0])
 
 
 def _pals(env: Mapping[str, str]) -> Claim | None:
@@ -161,29 +176,54 @@ def _pals(env: Mapping[str, str]) -> Claim | None:
         return None
     size = env.get("PMI_SIZE") or env.get("PALS_NRANKS")
     if size is None:
-        raise LaunchError("mpiexec (PALS) says PALS_RANKID, but nothing says how many ranks there are (PMI_SIZE)")
+        raise LaunchError(
+            "mpiexec (PALS) says PALS_RANKID, but nothing says how many ranks there are (PMI_SIZE)", fix=LEFT_OVER
+        )
     first = env.get("CREDIT_FIRST_HOST")
     job = f"{env.get('PBS_JOBID', '')}.{env.get('PALS_APID', '')}"
-    local = [int(env[name]) if name in env else None for name in ("PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE")]
-    return Claim("pals", "mpiexec (PALS)", int(env["PALS_RANKID"]), int(size), local[0], local[1], job, first)
+    local = [number_of(env, name) if name in env else None for name in ("PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE")]
+    world = number_of(env, "PMI_SIZE" if env.get("PMI_SIZE") else "PALS_NRANKS")
+    return Claim("pals", "mpiexec (PALS)", number_of(env, "PALS_RANKID"), world, local[0], local[1], job, first)
 
 
 def _submitit(env: Mapping[str, str]) -> Claim | None:
     if "SUBMITIT_LOCAL_GLOBALID" not in env:
         return None
     names = ("GLOBALID", "NTASKS", "LOCALID", "NTASKS")
-    rank, size, local, local_size = (int(env[f"SUBMITIT_LOCAL_{name}"]) for name in names)
-    return Claim("submitit", "submitit", rank, size, local, local_size, env["SUBMITIT_LOCAL_JOB_ID"], "localhost")
+    rank, size, local, local_size = (number_of(env, f"SUBMITIT_LOCAL_{name}") for name in names)
+    job = f"{socket.gethostname()}.{env.get('SUBMITIT_LOCAL_JOB_ID', '')}"
+    return Claim("submitit", "submitit", rank, size, local, local_size, job, "localhost")
+
+
+def number_of(env: Mapping[str, str], name: str, default: str | None = None) -> int:
+    """A count or a rank that a launcher says.
+
+    Raises:
+        LaunchError: if it does not, or says something else.
+    """
+    text = env.get(name, default)
+    if text is None:
+        raise LaunchError(f"the environment has no {name}, which goes with the others of this launcher: {LEFT_OVER}")
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise LaunchError(f"{name} is {text!r}, and must be a whole number: {LEFT_OVER}")
+    return int(text)
 
 
 def _tasks_per_node(text: str) -> list[int]:
     """Slurm's "2(x3),1" as [2, 2, 2, 1]."""
-    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    counts = re.findall(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?", text)
     return [int(tasks) for tasks, times in counts for _ in range(int(times or 1))]
 
 
 def expand_nodelist(text: str) -> list[str]:
-    """Slurm's "n[0-2,07],m1" as [n0, n1, n2, n07, m1]. Containers have no scontrol to ask."""
+    """Slurm's "n[0-2,07],m1" as [n0, n1, n2, n07, m1]. Containers have no scontrol to ask.
+
+    Raises:
+        LaunchError: if it is no such list.
+    """
+    number = r"[0-9]{1,9}(-[0-9]{1,9})?"
+    if not re.fullmatch(rf"([^\[\],\s]|\[{number}(,{number})*\]|,)+", text) or not text.strip(","):
+        raise LaunchError(f"SLURM_STEP_NODELIST is {text!r}, and no list of hosts: {LEFT_OVER}")
     return [name for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text) for name in _expand(part)]
 
 
@@ -202,7 +242,7 @@ def _expand(part: str) -> Iterator[str]:
 
 def _compare_with_outer(inner: Claim, outer: list[Claim], env: Mapping[str, str]) -> None:
     """torchrun itself may have been started by another launcher, once a node."""
-    agents = int(env["GROUP_WORLD_SIZE"]) if "GROUP_WORLD_SIZE" in env else None
+    agents = number_of(env, "GROUP_WORLD_SIZE") if "GROUP_WORLD_SIZE" in env else None
     for claim in outer:
         if claim.size == 1:
             continue
@@ -225,24 +265,28 @@ def _compare_with_outer(inner: Claim, outer: list[Claim], env: Mapping[str, str]
             )
     several = (agents or 1) > 1 or (inner.local_size is not None and inner.size > inner.local_size)
     address = env.get("MASTER_ADDR", "")
-    if several and is_loopback(address):
+    # A host may take its own name for a loopback address, where the others know better.
+    own = address.split(".")[0] == socket.gethostname().split(".")[0]
+    if several and not own and is_loopback(address):
         raise LaunchError(
-            f"MASTER_ADDR is {address}, which every node takes for itself, but there are several nodes: "
-            f"give the first node's name (torchrun --master-addr or --rdzv-endpoint)"
+            f"MASTER_ADDR is {address}, which every node takes for itself, but there are several nodes: give torchrun "
+            f"the first node's name as --master-addr, or with --rdzv-backend=c10d, which takes each node's own name, "
+            f"its address on every node as --local-addr"
         )
 
 
 def is_loopback(address: str) -> bool:
     """True if a name or an address is that of the host that asks."""
     try:
-        return ipaddress.ip_address(socket.gethostbyname(address)).is_loopback
-    except OSError:
+        found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):  # the latter of what no name can be
         return False
+    return any(ipaddress.ip_address(str(one[4][0]).partition("%")[0]).is_loopback for one in found)
 
 
 def _refuse_lost_launcher(env: Mapping[str, str]) -> None:
     """One process that somebody started several of would train alone, and its peers too."""
-    tasks = int(env.get("SLURM_NTASKS", "1"))
+    tasks = number_of(env, "SLURM_NTASKS", "1")
     if "SLURM_JOB_ID" in env and "SLURM_STEP_ID" not in env and tasks > 1:
         raise LaunchError(
             f"the Slurm job {env['SLURM_JOB_ID']} has {tasks} tasks, but this process was started without srun, and "

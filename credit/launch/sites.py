@@ -2,57 +2,80 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from credit.config.fields import Count, Positive, Processes
+from credit.config.loading import problems_in
 from credit.errors import ConfigError
+from credit.findings import Finding
+from credit.launch.shell import command, directive, quote
+from credit.reading import read_yaml
+from credit.shipped import HPC
 
-FOLDER = Path(__file__).parent / "hpc"
-"""The project's `hpc/`, which is a part of the installed package too."""
 Scheduler = Literal["slurm", "pbs"]
 CLOCK = """\
+job=$SLURM_JOB_ID  # of an array's last task, also the number of the array
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 # By the clock: a signal to the ranks would also end the helper that mounts a container's image.
-end=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e)
+end=$(squeue --noheader --jobs "$job" --format %e)
 export CREDIT_STOP_AT=$(( $(date -d "$end" +%s 2>/dev/null || echo 9999999999) - ${CREDIT_STOP_BEFORE:-120} ))"""
-"""Lines of a Slurm job that say when it is to stop."""
+"""Lines of a Slurm job that say which it is, and when it is to stop."""
+SECRET = """\
+# What the ranks of this job know and nobody else does; launchers hand it to them in their environment.
+CREDIT_SECRET=${CREDIT_SECRET:-$(od -An -N16 -tx8 /dev/urandom | tr -d ' ')}; export CREDIT_SECRET"""
+"""Lines of every job: drawn on its first node, printed nowhere, an argument of nothing."""
+SRUN = "srun --wait=60 --kill-on-bad-exit=0"
+"""Ends what is left a minute after the first rank, and with the highest exit code: 75 if all have saved."""
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
+"""Text of one line: it may stand in a comment."""
 
 
 class Site(BaseModel):
-    """One file of `hpc/sites`."""
+    """One file of `hpc/sites`, or of the user's. Its `setup` is shell, and it names what is run: it is trusted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    title: str
-    source: str
+    title: Line
+    source: Line
     """Where the facts are from, with the date."""
-    tested: str
+    tested: Line
     """Whether this ran, and where."""
     scheduler: Scheduler
     """The one that runs there."""
-    gpus_per_node: Annotated[int, Field(ge=1)]
-    gpu_memory: Annotated[float, Field(gt=0)] | None = None
+    gpus_per_node: Processes
+    gpu_memory: Positive | None = None
     """Of each, in GB."""
-    cores_per_node: Annotated[int, Field(ge=1)]
+    cores_per_node: Count
     """Cores that jobs may use."""
-    walltime: Annotated[str, Field(pattern=r"^\d+:\d\d:\d\d$")]
+    walltime: Annotated[str, Field(pattern=r"^[0-9]{1,4}:[0-5][0-9]:[0-5][0-9]$")]
     """Longest job, hours:minutes:seconds."""
     queue: str | None = None
     queue_option: Literal["partition", "qos"] = "partition"
     """What Slurm calls the queue there."""
     constraint: str | None = None
-    launch: str
-    """Starts one process a rank; the command follows."""
-    container: Annotated[str, Field(pattern=r"\{image\}")]
+    launch: Line
+    """Starts one process a rank; the command follows. {ranks} is how many, {ranks_per_node} how many on each node."""
+    container: Annotated[Line, Field(pattern=r"\{image\}")]
     """Runs the command that follows in a container, or, if it begins with --, an option of `launch` that does so."""
     interface: str | None = None
     """Network interface of the fabric, for NCCL a prefix."""
     setup: list[str] = []
     """Lines of the job script before the launch."""
-    env: dict[str, str] = {}
+    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = {}
+
+    @field_validator("launch", "container")
+    @classmethod
+    def _splits_into_words(cls, line: str) -> str:
+        shlex.split(line)
+        return line
 
     @property
     def seconds(self) -> int:
@@ -63,10 +86,6 @@ class Site(BaseModel):
     def container_is_option(self) -> bool:
         return self.container.startswith("--")
 
-    def in_container(self, image: str) -> str:
-        """What stands before a command, or among the launcher's options, to run it in `image`."""
-        return self.container.replace("{image}", f'"{image}"')
-
     @property
     def gloo_interface(self) -> str | None:
         """gloo wants the whole name of one interface."""
@@ -75,30 +94,69 @@ class Site(BaseModel):
 
 
 def site_names() -> list[str]:
-    return sorted(path.stem for path in (FOLDER / "sites").glob("*.yaml"))
+    return sorted(path.stem for path in (HPC / "sites").glob("*.yaml"))
 
 
 def load_site(name: str) -> Site:
-    """Raises ConfigError if there is no such site, or its file is wrong."""
-    path = FOLDER / "sites" / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"there is no site {name!r}; known: {', '.join(site_names())}, local")
+    """A site that comes with credit, by its name, or a file of the user's, *.yaml.
+
+    Raises:
+        ConfigError: if there is no such site or file, or it is wrong.
+    """
+    own = name.endswith((".yaml", ".yml"))
+    path = Path(name) if own else HPC / "sites" / f"{name}.yaml"
+    if not own and name not in site_names():
+        raise ConfigError(
+            f"there is no site {name!r}; known: {', '.join(site_names())}, local. Or give a file of your own, my.yaml: "
+            f"`credit init --site generic_slurm` and its site file show how"
+        )
+    return checked(read_yaml(path), f"the site file {path}")
+
+
+def checked(values: Any, origin: str) -> Site:
+    """A site of these values.
+
+    Raises:
+        ConfigError: naming what is wrong in `origin`.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{origin} must hold the keys {', '.join(Site.model_fields)}")
     try:
-        return Site.model_validate(yaml.safe_load(path.read_text()))
+        return Site.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        problems = problems_in(error, keys=lambda place: [*Site.model_fields])
+        said = "; ".join(map(str, problems))
+        raise ConfigError(f"{origin} is wrong: {said}", problems=problems) from None
 
 
 def environment(site: Site, ranks: int) -> list[str]:
     """Lines of every job before its launch."""
     threads = max(site.cores_per_node // ranks, 1)
-    lines = [f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}} PYTHONNOUSERSITE=1"]
+    # Nothing from the home or the working directory takes the place of what is installed.
+    lines = [
+        *SECRET.splitlines(),
+        f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}} PYTHONNOUSERSITE=1 PYTHONSAFEPATH=1",
+    ]
     if site.scheduler == "slurm":
         lines += ["export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it since Slurm 22.05"]
     if site.interface:
-        lines += [f"export NCCL_SOCKET_IFNAME=${{NCCL_SOCKET_IFNAME-{site.interface}}}"]
-        lines += [f"export GLOO_SOCKET_IFNAME=${{GLOO_SOCKET_IFNAME-{site.gloo_interface}}}"]
-    return [*lines, *(f"export {name}={shlex.quote(value)}" for name, value in site.env.items()), *site.setup]
+        lines += [f"export NCCL_SOCKET_IFNAME=${{NCCL_SOCKET_IFNAME-{quote(site.interface)}}}"]
+        lines += [f"export GLOO_SOCKET_IFNAME=${{GLOO_SOCKET_IFNAME-{quote(site.gloo_interface)}}}"]
+    return [*lines, *(f"export {name}={quote(value)}" for name, value in site.env.items()), *site.setup]
+
+
+def script_name(name: str, scheduler: Scheduler | None = None) -> str:
+    """The file of a site's job script: qsub takes derecho.pbs, and derecho.sh is for a Slurm.
+
+    Raises:
+        ConfigError: if the site's file has a name that a script cannot repeat.
+    """
+    stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name
+    if not re.fullmatch(r"[\w.-]+", stem):
+        raise ConfigError(
+            f"the name of the site file {name!r} stands in the job script: use letters, digits, _ and - only"
+        )
+    return f"{stem}.pbs" if stem == "derecho" and scheduler != "slurm" else f"{stem}.sh"
 
 
 def job_script(
@@ -107,60 +165,87 @@ def job_script(
     nodes: int = 1,
     ranks: int | None = None,
     walltime: str | None = None,
+    given: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> str:
     """The job script of a site.
 
     Args:
+        name: of a site that comes with credit, or its file.
         scheduler: the site's own by default; derecho.sh is for Slurm though the site runs PBS.
         nodes, ranks: as many nodes, and ranks on each; one a GPU by default.
         walltime: the site's longest by default.
+        given, options: under PBS variables, CONFIG among them, and options of `credit train`, which are then in the
+            script rather than asked for.
+
+    Raises:
+        ConfigError: if there is no such site, or a value cannot stand where it belongs.
     """
     import jinja2
 
     site = load_site(name)
-    if walltime is not None:
-        site = site.model_copy(update={"walltime": walltime})
+    chosen = scheduler or site.scheduler
+    file = script_name(name, chosen)
+    if chosen != site.scheduler:  # queues, constraints and the launcher mean nothing to another scheduler
+        site = site.model_copy(update={"scheduler": chosen, "queue": None, "constraint": None, "launch": SRUN})
     each = ranks or site.gpus_per_node
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
+    loader = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HPC),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
-    ).get_template("job.sh.j2")
-    # Queues, constraints and the launcher of a PBS site mean nothing to another scheduler.
-    chosen = scheduler or site.scheduler
-    if chosen != site.scheduler:
-        site = site.model_copy(
-            update={"scheduler": chosen, "queue": None, "constraint": None, "launch": "srun --wait=60"}
-        )
-    return template.render(
+    )
+    loader.filters |= {"quote": quote, "directive": partial(directive, what=f"the site {name}'s queue or constraint")}
+    return loader.get_template("job.sh.j2").render(
         site=site,
-        name=name,
-        file=f"{name}.pbs" if chosen != "slurm" and name == "derecho" else f"{name}.sh",
+        name=Path(file).stem,
+        file=file,
         scheduler=chosen,
         nodes=nodes,
         ranks=each,
+        cores=max(site.cores_per_node // each, 1),
+        walltime=walltime or site.walltime,
+        launch=command(site.launch, ranks='"$RANKS"', ranks_per_node=str(each)),
+        container=command(site.container, image='"$CREDIT_IMAGE"'),
         clock=CLOCK,
         environment="\n".join(environment(site, each)),
+        given=given,
+        options=options,
     )
+
+
+def examine_site(name: str) -> list[Finding]:
+    """Is a site, or a site file of the user's, fit? Its keys, and the job script that comes of it."""
+    try:
+        site, script = load_site(name), job_script(name)
+    except ConfigError as error:
+        return [Finding.of(problem, name) for problem in error.problems]
+    each = f"{site.gpus_per_node} GPUs{f' of {site.gpu_memory:g} GB' if site.gpu_memory else ''}"
+    found = [Finding("ok", name, f"{site.scheduler}, {each} and {site.cores_per_node} cores a node, {site.walltime}")]
+    if site.gpu_memory is None:
+        found += [Finding("warning", "gpu_memory", "is not said", "`credit plan` asks for --gpu-memory then")]
+    if site.cores_per_node % site.gpus_per_node:
+        idle = site.cores_per_node % site.gpus_per_node
+        found += [Finding("warning", "cores_per_node", f"{idle} are left over by {site.gpus_per_node} ranks")]
+    bash = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+    if bash.returncode:
+        found += [Finding("error", "setup", f"bash cannot read the script: {' '.join(bash.stderr.split())}")]
+    return found
 
 
 def scripts() -> dict[str, str]:
     """What `hpc/` holds: file name to text. A test compares."""
     written = {}
     for name in site_names():
-        written[f"{name}.sh"] = job_script(name)
-    # The site runs PBS, where qsub takes derecho.pbs; its users know the name, so derecho.sh is for a Slurm.
-    written["derecho.pbs"] = written["derecho.sh"]
-    written["derecho.sh"] = job_script("derecho", "slurm")
-    return written
+        written[script_name(name)] = job_script(name)
+    return {**written, script_name("derecho", "slurm"): job_script("derecho", "slurm")}
 
 
 def write_scripts() -> None:
     """Write `hpc/*.sh` and `hpc/*.pbs` anew after a change to the sites or the template."""
     for name, text in scripts().items():
-        path = FOLDER / name
+        path = HPC / name
         path.write_text(text)
         path.chmod(0o755)
 

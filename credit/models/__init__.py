@@ -1,17 +1,18 @@
-"""Models: plain PyTorch modules that know nothing of ranks."""
+"""Models: plain PyTorch modules. None of them knows of ranks; how their own layers are cut is said here."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
+from typing import Any
 
 from torch import nn
 
-from credit.config import Custom, Model
+from credit.config.models import Custom, Model
 from credit.domain_parallel import DomainParallelPeriodicConv2d, SharedHalo
+from credit.dotted import load_dotted
 from credit.errors import ConfigError
 from credit.models.pangu import Pangu
-from credit.models.sphere import PeriodicConv2d
+from credit.models.sphere import PeriodicConv2d, reflect_at_all_sides
 from credit.models.transformer import WindowTransformer
 from credit.models.unet import UNet
 from credit.models.unet_diffusion import DiffusionUNet
@@ -31,17 +32,42 @@ MODELS: dict[str, type[nn.Module]] = {
 """The package's own, by `model.name`. Any other name is the dotted path of a user's class."""
 
 
-def build_model(conf: Model, in_channels: int, out_channels: int, grid: tuple[int, int]) -> nn.Module:
+OF_A_REGION = ("unet", "unet_diffusion")
+"""Those whose only way around the globe is the padding of convolutions. The windows of the others' attention are laid
+around it."""
+
+
+def build_model(
+    conf: Model, in_channels: int, out_channels: int, grid: tuple[int, int], region: bool = False
+) -> nn.Module:
     """The model that the config names, with torch's random numbers as they stand.
 
+    Args:
+        grid: (latitudes, longitudes) of the whole field.
+        region: the field is not wrapped around. A user's own model is taken to know.
+
     Raises:
-        ConfigError: if a dotted path does not lead to an nn.Module, or that does not take the config's arguments.
+        ConfigError: if a dotted path does not lead to an nn.Module, or that does not take the config's arguments; if a
+            model of the package is not for regions.
+        ValueError: if the model does not fit the grid.
     """
     kind = load_model_class(conf.name) if isinstance(conf, Custom) else MODELS[conf.name]
     arguments = conf.model_dump(exclude={"name"})
     if isinstance(conf, Custom):
         _check_arguments(conf.name, kind, arguments)
-    return kind(in_channels, out_channels, grid, **arguments)
+    elif region and conf.name not in OF_A_REGION:
+        raise ConfigError(
+            f"model.name: {conf.name} joins the east to the west, and data.grid is region: take one of "
+            f"{', '.join(OF_A_REGION)}, or a model of your own"
+        )
+    coarsest = min(grid) >> arguments.get("levels", 0)
+    if region and not isinstance(conf, Custom) and coarsest < 2:
+        raise ValueError(
+            f"{grid[0]} x {grid[1]} points cannot be halved {arguments['levels']} times and reflected at "
+            f"the sides of a region: choose fewer model.levels"
+        )
+    model = kind(in_channels, out_channels, grid, **arguments)
+    return reflect_at_all_sides(model) if region else model
 
 
 def load_model_class(path: str) -> type[nn.Module]:
@@ -50,21 +76,13 @@ def load_model_class(path: str) -> type[nn.Module]:
     Raises:
         ConfigError: if its module cannot be imported, has no such name, or it is no subclass of nn.Module.
     """
-    module_path, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_path), name, None)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        raise ConfigError(
-            f"model.name: {path}: importing {module_path} failed with {type(error).__name__}: {error}. "
-            f"Is it installed, or its directory on PYTHONPATH?"
-        ) from error
+    found = load_dotted(path, "model.name")
     if not (inspect.isclass(found) and issubclass(found, nn.Module)):
-        what = f"{module_path} has no {name}" if found is None else f"{path} is no subclass of torch.nn.Module"
-        raise ConfigError(f"model.name: {what}")
+        raise ConfigError(f"model.name: {path} is no subclass of torch.nn.Module")
     return found
 
 
-def _check_arguments(path: str, kind: type[nn.Module], arguments: dict) -> None:
+def _check_arguments(path: str, kind: type[nn.Module], arguments: dict[str, Any]) -> None:
     signature = inspect.signature(kind)
     try:
         signature.bind("in_channels", "out_channels", "grid", **arguments)

@@ -13,8 +13,8 @@ Triple = tuple[int, int, int]
 
 
 def _geometry(levels: int, grid: tuple[int, int], patch: Triple) -> tuple[Triple, ...]:
-    """Of the cubes that cover the atmosphere, by axis: their number, what is padded on both sides, and what a
-    transposed convolution of that padding lacks."""
+    """The cubes that cover the atmosphere, by axis: their number, the padding on both sides, and the output padding
+    that a transposed convolution needs to undo it."""
     level, latitude, longitude = (_cover(*axis) for axis in zip((levels, *grid), patch, strict=True))
     return tuple(zip(level, latitude, longitude, strict=True))
 

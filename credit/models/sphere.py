@@ -30,8 +30,22 @@ def pad_on_sphere(x: Tensor, rows: Sides, columns: Sides) -> Tensor:
     return F.pad(x, (west, east, 0, 0), mode="circular") if west or east else x
 
 
-class PeriodicConv2d(nn.Module):
-    """A convolution that is circular in longitude and reflects at the poles.
+class Sided(nn.Module):
+    """A module that pads longitudes, in the mode `sides`: around the globe, unless it is told otherwise."""
+
+    sides = "circular"
+
+
+def reflect_at_all_sides(model: nn.Module) -> nn.Module:
+    """The model, of a region: what it pads around the globe is reflected in the east and west, as at the poles."""
+    for module in model.modules():
+        if isinstance(module, Sided):
+            module.sides = "reflect"
+    return model
+
+
+class PeriodicConv2d(Sided):
+    """A convolution that is circular in longitude (see `Sided`) and reflects at the poles.
 
     Args:
         in_channels, out_channels, kernel_size, stride, bias: as in `nn.Conv2d`.
@@ -53,6 +67,28 @@ class PeriodicConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_channels, latitude, longitude) to (batch, out_channels, latitude', longitude')."""
-        x = F.pad(x, (self.padding, self.padding, 0, 0), mode="circular")
+        x = F.pad(x, (self.padding, self.padding, 0, 0), mode=self.sides)
         x = F.pad(x, (0, 0, self.padding, self.padding), mode="reflect")
         return self.conv(x)
+
+
+def zero_conv(in_channels: int, out_channels: int) -> PeriodicConv2d:
+    """A convolution that begins as the zero map."""
+    layer = PeriodicConv2d(in_channels, out_channels)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def halved(grid: tuple[int, int], levels: int) -> list[tuple[int, int]]:
+    """The grid, and what it is after each of so many convolutions of stride 2.
+
+    Raises:
+        ValueError: if the longitudes do not halve as often.
+    """
+    if grid[1] % 2**levels:
+        raise ValueError(f"{grid[1]} longitudes do not halve {levels} times: choose fewer model.levels")
+    sizes = [grid]
+    for _ in range(levels):
+        sizes.append(((sizes[-1][0] + 1) // 2, sizes[-1][1] // 2))
+    return sizes

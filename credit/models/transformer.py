@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from credit.models.attention import WindowAttention
-from credit.models.sphere import PeriodicConv2d
+from credit.models.sphere import PeriodicConv2d, zero_conv
 from credit.models.unet import UpBlock
 
 
@@ -92,9 +92,7 @@ class WindowTransformer(nn.Module):
         shifts = [window // 2 * (i % 2) for i in range(depth)]
         self.blocks = nn.Sequential(*[TransformerBlock(width, heads, window, shift, ratio) for shift in shifts])
         self.up = UpBlock(width // 2, grid, blocks=1, groups=1)
-        self.head = PeriodicConv2d(width // 2, out_channels)
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
+        self.head = zero_conv(width // 2, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_channels, latitude, longitude) to (batch, out_channels, latitude, longitude)."""

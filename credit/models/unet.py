@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from credit.models.sphere import PeriodicConv2d
+from credit.models.sphere import PeriodicConv2d, Sided, halved, zero_conv
 
 
 class ResidualBlock(nn.Module):
@@ -24,7 +24,7 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(y)))
 
 
-class DownBlock(nn.Module):
+class DownBlock(Sided):
     """Half the grid, twice the channels: a strided convolution, then residual blocks."""
 
     def __init__(self, channels: int, blocks: int, groups: int) -> None:
@@ -33,17 +33,17 @@ class DownBlock(nn.Module):
         self.blocks = nn.Sequential(*[ResidualBlock(2 * channels, groups) for _ in range(blocks)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.conv(F.pad(x, (1, 1, 0, 0), mode="circular")))
+        return self.blocks(self.conv(F.pad(x, (1, 1, 0, 0), mode=self.sides)))
 
 
-class UpBlock(nn.Module):
+class UpBlock(Sided):
     """Back to a finer grid of `size`: a transposed convolution beside a resized shortcut, then the skip."""
 
     def __init__(self, channels: int, size: tuple[int, int], blocks: int, groups: int) -> None:
         super().__init__()
         height, width = size
         # Rows: (coarse - 1) * 2 + 1 + output_padding undoes the halving of odd and even heights. Columns: one more
-        # circular column on each side, cut off again.
+        # column on each side, cut off again.
         odd = height % 2
         self.conv = nn.ConvTranspose2d(2 * channels, channels, 3, stride=2, padding=1, output_padding=(1 - odd, 0))
         self.resize = nn.Upsample(size=size, mode="nearest")
@@ -53,7 +53,7 @@ class UpBlock(nn.Module):
         self.blocks = nn.Sequential(*[ResidualBlock(channels, groups) for _ in range(blocks)])
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        finer = self.conv(F.pad(x, (1, 1, 0, 0), mode="circular"))[..., 2 : 2 + self.width]
+        finer = self.conv(F.pad(x, (1, 1, 0, 0), mode=self.sides))[..., 2 : 2 + self.width]
         finer = finer + self.resize(self.project(x))
         return self.blocks(self.merge(torch.cat([finer, skip], dim=1)))
 
@@ -86,19 +86,13 @@ class UNet(nn.Module):
         groups: int = 8,
     ) -> None:
         super().__init__()
-        if grid[1] % 2**levels:
-            raise ValueError(f"{grid[1]} longitudes do not halve {levels} times: choose fewer model.levels")
-        sizes = [grid]
-        for _ in range(levels):
-            sizes.append(((sizes[-1][0] + 1) // 2, sizes[-1][1] // 2))
+        sizes = halved(grid, levels)
         self.stem = PeriodicConv2d(in_channels, width)
         self.blocks = nn.Sequential(*[ResidualBlock(width, groups) for _ in range(blocks)])
         self.down = nn.ModuleList([DownBlock(width * 2**i, blocks, groups) for i in range(levels)])
         self.up = nn.ModuleList([UpBlock(width * 2**i, sizes[i], blocks, groups) for i in reversed(range(levels))])
         self.norm = nn.GroupNorm(groups, width)
-        self.head = PeriodicConv2d(width, out_channels)
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
+        self.head = zero_conv(width, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_channels, latitude, longitude) to (batch, out_channels, latitude, longitude)."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from credit.models.attention import GlobalAttention
-from credit.models.sphere import PeriodicConv2d
+from credit.models.sphere import PeriodicConv2d, halved, zero_conv
 from credit.models.unet import ResidualBlock
 
 PERIOD = 1e4
@@ -37,7 +37,7 @@ class TimedBlock(ResidualBlock):
 
 
 class TimedBlocks(nn.ModuleList):
-    """Some of them, one after another."""
+    """A sequence of timed blocks."""
 
     def __init__(self, number: int, channels: int, groups: int, embedding: int) -> None:
         super().__init__([TimedBlock(channels, groups, embedding) for _ in range(number)])
@@ -115,8 +115,7 @@ class DiffusionUNet(nn.Module):
         heads: int = 4,
     ) -> None:
         super().__init__()
-        if grid[1] % 2**levels:
-            raise ValueError(f"{grid[1]} longitudes do not halve {levels} times: choose fewer model.levels")
+        halved(grid, levels)
         widths = [width * 2**i for i in range(levels)]
         options = (blocks, groups, 4 * width)
         self.width = width
@@ -127,9 +126,7 @@ class DiffusionUNet(nn.Module):
         self.bottleneck = Bottleneck(width * 2**levels, heads, groups) if heads else nn.Identity()
         self.up = nn.ModuleList([Up(channels, *options) for channels in reversed(widths)])
         self.norm = nn.GroupNorm(groups, width)
-        self.head = PeriodicConv2d(width, out_channels)
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
+        self.head = zero_conv(width, out_channels)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """(batch, in_channels, latitude, longitude) to (batch, out_channels, latitude, longitude).

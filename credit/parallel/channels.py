@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils import _pytree
 
 from credit.domain_parallel.groups import Messages, RankGroup, Reduction
 from credit.domain_parallel.slab import ASKS, RULES, Slab, answers, refuse, rules_of, running
+from credit.domain_parallel.torch_private import torch_function_off, tree_iter, tree_map_only
 
 
 class ChannelGroup(RankGroup):
@@ -112,16 +112,18 @@ class Channels(Slab):
     )
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         rule = RULES.get(func)
         if func in ASKS and rule == func:  # asked of the tensor itself: its shape, its type
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch_function_off():
                 return func(*args, **kwargs)
         with rules_of(cls, func):
             if func in RULES:  # a body in Python that is run instead meets the channels itself
                 group = _group_of(args, kwargs)
-                args, kwargs = _pytree.tree_map_only(Tensor, lambda x: _enter(x, group), (args, kwargs))
+                args, kwargs = tree_map_only(Tensor, lambda x: _enter(x, group), (args, kwargs))
             return answers[0](func, args, kwargs, types)
 
 
@@ -129,8 +131,8 @@ class Channels(Slab):
 Channels.__module__ = "torch"
 
 
-def _group_of(args: tuple, kwargs: dict) -> ChannelGroup:
-    return next(x.group for x in _pytree.tree_iter((args, kwargs)) if isinstance(x, Channels))
+def _group_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ChannelGroup:
+    return next(x.group for x in tree_iter((args, kwargs)) if isinstance(x, Channels))
 
 
 def _enter(x: Tensor, group: ChannelGroup) -> Tensor:

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import pickle
 import shutil
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
@@ -30,12 +29,24 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from credit.errors import CheckpointError
+from credit.files import sync_directory, write_atomically
 from credit.parallel.collectives import gather_objects, together
 from credit.parallel.ema import EMA
-from credit.parallel.pieces import Pieces, in_pieces, whole
+from credit.parallel.pieces import Pieces, in_pieces
+from credit.parallel.reader import Reader
+from credit.parallel.validated import best_step, read_losses, write_losses
+from credit.reading import read_json
 
 MANIFEST = "manifest.json"
-KEEP = 2
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself: (size, digest) of every file."""
+
+    step: int
+    facts: dict[str, dict[str, Any]]
+    files: dict[str, tuple[int, str]]
 
 
 class Checkpointer:
@@ -47,6 +58,7 @@ class Checkpointer:
         facts: small and JSON; kept in the manifest, the same on all ranks.
         in_background: copy the state and go on while a thread writes it. An error comes up at the next `save`, `wait`
             or `close`, on all ranks alike.
+        keep: how many of the newest stay, beside the best.
     """
 
     def __init__(
@@ -57,24 +69,31 @@ class Checkpointer:
         ema: EMA | None = None,
         facts: dict[str, Any] | None = None,
         in_background: bool = False,
+        keep: int = 2,
     ) -> None:
-        self.directory, self.facts = directory, facts or {}
+        self.directory, self.facts, self.keep = directory, facts or {}, keep
         self.model, self.optimizer, self.ema = model, optimizer, ema
         self._thread = ThreadPoolExecutor(1) if in_background else None
         # Messages of the thread must not get between those of the training: they have a group of their own.
         several = dist.is_initialized() and in_background
         self._group = dist.new_group(backend="gloo") if several else None
-        self._pending: Future | None = None
+        self._pending: Future[Any] | None = None
 
     def save(self, step: int) -> None:
-        """Write `directory`/step-... and drop all but the last two. Called by all ranks."""
+        """Write `directory`/step-... and drop older ones, but the best. Called by all ranks."""
         self.wait()
         state = self._state()
         if self._thread is None:
-            _write(self.directory, step, state, self.facts, None)
+            _write(self.directory, step, state, self.facts, self.keep, None)
             return
         copied = {block: {name: _copy(value) for name, value in values.items()} for block, values in state.items()}
-        self._pending = self._thread.submit(_write, self.directory, step, copied, self.facts, self._group)
+        self._pending = self._thread.submit(_write, self.directory, step, copied, self.facts, self.keep, self._group)
+
+    def validated(self, losses: dict[int, float]) -> None:
+        """Keep the validation losses, of which the checkpoint of the least stays. Called by all ranks."""
+        with together("writing the validation losses"):
+            if _rank() == 0:
+                write_losses(self.directory, losses)
 
     def wait(self) -> None:
         """Return once the checkpoint being written is complete.
@@ -107,15 +126,17 @@ class Checkpointer:
         """
         with together(f"reading the checkpoint {path}"):
             state = self._state()
-            stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            stored = Reader(path).read_metadata().state_dict_metadata
             if averaged and any(name.startswith("average.") for name in stored):
-                state = {"average": state["model"]}
+                plain = state["model"]  # of which buffers have no average
+                mean = {name: value for name, value in plain.items() if _is_stored(f"average.{name}", stored)}
+                state = {"average": mean, "model": {name: value for name, value in plain.items() if name not in mean}}
             if "optimizer" in state:  # but parameters that had no gradient yet: they get zeros
                 known = {name.rpartition(".")[0] for name in stored}
                 ours = state["optimizer"].items()
                 state["optimizer"] = {name: x for name, x in ours if f"optimizer.{name}".rpartition(".")[0] in known}
             try:
-                _quietly(dcp.load, state, checkpoint_id=path)
+                _quietly(dcp.load, state, storage_reader=Reader(path))
             except (dcp.api.CheckpointException, ValueError, RuntimeError) as error:
                 reason = str(error).strip().splitlines()[-1]
                 raise CheckpointError(f"{path} does not fit the model: {reason}. Was it of another config?") from None
@@ -133,33 +154,44 @@ class Checkpointer:
         return state
 
 
-def _write(directory: Path, step: int, state: dict[str, Any], facts: dict[str, Any], group: Any) -> None:
-    final = directory / f"step-{step:08d}"
+def _is_stored(name: str, stored: Mapping[str, Any]) -> bool:
+    """True if a tensor, or pieces of it, are in a checkpoint."""
+    return name in stored or any(one.startswith(f"{name}.") for one in stored)
+
+
+def _write(directory: Path, step: int, state: dict[str, Any], facts: dict[str, Any], keep: int, group: Any) -> None:
+    final = directory / _name(step)
     partial = directory / f".{final.name}.partial"
     with together("preparing a checkpoint", group):
         if _rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
     with together(f"writing the checkpoint {final}", group):
-        _quietly(dcp.save, state, checkpoint_id=partial, process_group=group)
+        try:
+            _quietly(dcp.save, state, checkpoint_id=partial, process_group=group)
+        except dcp.api.CheckpointException as error:  # no Exception, to Python
+            reasons = "; ".join(f"on rank {rank}: {one}" for rank, (one, _) in sorted(error.failures.items()))
+            raise CheckpointError(
+                f"{reasons}. Is there room on the disk? {directory} holds the checkpoints before"
+            ) from None
     digests = gather_objects(_digests(_share(partial)), group)
     files = {name: entry for share in digests for name, entry in share.items()}
     with together(f"completing the checkpoint {final}", group):
         if _rank() == 0:
-            _complete(partial, final, {"step": step, "facts": facts, "files": dict(sorted(files.items()))})
+            _complete(partial, final, Manifest(step, facts, dict(sorted(files.items()))), keep)
 
 
-def _complete(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+def _complete(partial: Path, final: Path, manifest: Manifest, keep: int) -> None:
     """Give a checkpoint its manifest and its name, and remove older ones."""
-    with (partial / MANIFEST).open("w") as stream:
-        json.dump(manifest, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_atomically(partial / MANIFEST, json.dumps(asdict(manifest), indent=1))
     if final.exists():  # damaged, or this run was taken back to an older one
         _remove(final)
     partial.rename(final)
-    for old in list_checkpoints(final.parent)[:-KEEP]:
-        _remove(old)
+    sync_directory(final.parent)
+    best = best_checkpoint(final.parent)
+    for old in list_checkpoints(final.parent)[:-keep]:
+        if old != best:
+            _remove(old)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -176,43 +208,19 @@ def _copy(value: Any) -> Any:
     return value.detach().cpu().clone() if isinstance(value, Tensor) else value
 
 
-def export_plain(model: nn.Module, path: Path, state: dict[str, Any] | None = None) -> None:
-    """Write the plain model's state dict into one file that `torch.load` reads. Called by all ranks.
-
-    Args:
-        model: on any mesh.
-        state: in its place, as `get_model_state_dict(model)` or `EMA.average` is.
-    """
-    pieces = in_pieces(model, get_model_state_dict(model) if state is None else state)
-    # One tensor at a time is made whole, so that no rank but the first holds them all.
-    plain = {name: full.cpu() for name, value in pieces.items() if (full := whole(value)) is not None and _rank() == 0}
-    with together(f"writing {path}"):
-        if _rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
-            torch.save(plain, partial)
-            partial.rename(path)
-
-
-def load_plain(model: nn.Module, path: Path) -> None:
-    """Read a plain state dict into a plain model, on any number of ranks, before it is laid out on a mesh.
-
-    Raises:
-        CheckpointError: naming the file, and what is missing, unknown or of another shape.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        model.load_state_dict(state)
-    except OSError as error:
-        raise CheckpointError(f"cannot read the weights {path}: {error.strerror or error}") from None
-    except (RuntimeError, pickle.UnpicklingError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:600]
-        raise CheckpointError(f"{path} does not hold this model's weights: {reason}") from None
-
-
 def list_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(path.parent for path in directory.glob(f"step-*/{MANIFEST}"))
+
+
+def best_checkpoint(directory: Path) -> Path | None:
+    """That of the least validation loss; None before the first validation."""
+    step = best_step(read_losses(directory))
+    return None if step is None else directory / _name(step)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -264,19 +272,19 @@ def newest_good_checkpoint(directory: Path, say: Any = print) -> tuple[Path, dic
 
 def _verify(path: Path) -> dict[str, Any]:
     """Check this rank's share of the files against the manifest."""
-    manifest = json.loads((path / MANIFEST).read_text())
+    manifest = read_json(path / MANIFEST, Manifest, CheckpointError, f"remove {path}")
     found = _digests(_share(path))
     present = {file.name for file in path.iterdir()}
-    foreign = present - manifest["files"].keys() - {MANIFEST}
+    foreign = present - manifest.files.keys() - {MANIFEST}
     if foreign:  # torch reads some files by their names, and executes what it finds in them
         raise CheckpointError(f"{path} is damaged: its manifest does not list {', '.join(sorted(foreign))}")
-    for name, (size, digest) in manifest["files"].items():
+    for name, (size, digest) in manifest.files.items():
         if name not in present:
             raise CheckpointError(f"{path} is damaged: {name} is missing")
-        if name in found and found[name] != [size, digest]:
+        if name in found and found[name] != (size, digest):
             what = f"has {found[name][0]} bytes of {size}" if found[name][0] != size else "has changed"
             raise CheckpointError(f"{path} is damaged: {name} {what}")
-    return manifest["facts"]
+    return manifest.facts
 
 
 def _share(path: Path) -> list[Path]:
@@ -285,12 +293,12 @@ def _share(path: Path) -> list[Path]:
     return files[_rank() :: dist.get_world_size() if dist.is_initialized() else 1]
 
 
-def _digests(files: list[Path]) -> dict[str, list]:
-    found = {}
+def _digests(files: list[Path]) -> dict[str, tuple[int, str]]:
+    found: dict[str, tuple[int, str]] = {}
     for file in files:
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        found[file.name] = [file.stat().st_size, digest]
+        found[file.name] = file.stat().st_size, digest
     return found
 
 

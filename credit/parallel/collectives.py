@@ -12,12 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from credit.boundary import CAUGHT, explained
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager
 from credit.domain_parallel.partition import PartitionError
-from credit.errors import CreditError
+from credit.domain_parallel.torch_private import foreach_mul_, foreach_norm
+from credit.errors import CreditError, UnforeseenError
 
 USER_ERRORS = (CreditError, DomainParallelError, PartitionError)
-"""What a user can mend: printed as a paragraph, without a traceback."""
+"""What a user can fix: printed as a paragraph, without a traceback."""
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -31,32 +33,37 @@ def together(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None
     Raises:
         CreditError: on every rank, with what each failing rank had to say.
     """
-    error: Exception | None = None
+    caught: BaseException | None = None
     try:
         yield
-    except Exception as caught:
-        error = caught
-    said = gather_objects(None if error is None else describe(error), group)
-    if any(said):
-        share_failure(said, what, error)
+    except CAUGHT as error:
+        caught = error
+    share_failure(caught, what, group)
 
 
-def share_failure(said: list[str | None], what: str, error: Exception | None) -> None:
-    """Raise one error for all ranks from what each said; a rank's own unexpected error keeps its traceback."""
-    if error is not None and not isinstance(error, USER_ERRORS):
-        raise error
-    messages: dict[str, list[int]] = {}
-    for rank, message in enumerate(said):
-        if message is not None:
-            messages.setdefault(message, []).append(rank)
-    if len(messages) == 1 and None not in said:
-        raise CreditError(next(iter(messages))) from None
-    lines = "; ".join(f"on rank {', '.join(map(str, ranks))}: {message}" for message, ranks in messages.items())
-    raise CreditError(f"{what} failed {lines}") from None
+def share_failure(caught: BaseException | None, what: str, group: dist.ProcessGroup | None = None) -> None:
+    """Raise one error on all ranks from what each has caught, if any has.
 
-
-def describe(error: Exception) -> str:
-    return str(error) if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {error}"
+    Raises:
+        UnforeseenError: if any has caught what is not ours.
+        CreditError: otherwise.
+    """
+    mine = None if caught is None else explained(caught)
+    said = gather_objects(None if mine is None else (*mine.args[:3], isinstance(mine, UnforeseenError)), group)
+    errors: dict[tuple[str, str], CreditError] = {}  # fixes differ: each rank leaves its own traceback
+    ranks: dict[tuple[str, str], list[str]] = {}
+    for rank, words in enumerate(said):
+        if words is not None:
+            errors.setdefault(words[:2], CreditError(*words[:3]))
+            ranks.setdefault(words[:2], []).append(str(rank))
+    if not errors:
+        return
+    kind = UnforeseenError if any(words is not None and words[3] for words in said) else CreditError
+    cause = None if caught is mine else caught
+    if len(errors) == 1 and None not in said:
+        raise kind(*next(iter(errors.values())).args) from cause
+    lines = "; ".join(f"on rank {', '.join(ranks[key])}: {error}" for key, error in errors.items())
+    raise kind(f"{what} failed {lines}") from cause
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -66,12 +73,6 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered
-
-
-def wait_for_all() -> None:
-    """Return once every rank has come here. `together` does not wait before its body, only after it."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def all_sum(values: Tensor) -> Tensor:
@@ -86,13 +87,6 @@ def all_max(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values, dist.ReduceOp.MAX)
     return values
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank if `flag` is on any."""
-    if not dist.is_initialized():
-        return flag
-    return bool(all_sum(torch.tensor(int(flag), device=device)))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -205,13 +199,13 @@ def clip_grad_norm_(
     if max_norm is not None:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for mine in by_copies.values():
-            torch._foreach_mul_(mine, scale.to(mine[0].dtype))
+            foreach_mul_(mine, scale.to(mine[0].dtype))
     return norm.to(like.dtype)
 
 
 def _norm(by_copies: dict[int, list[Tensor]], order: float, device: torch.device) -> Tensor:
     """The norm of all ranks' tensors, of which so many ranks hold the same, float64."""
-    norms = {shared: torch.stack(torch._foreach_norm(mine, order)).double() for shared, mine in by_copies.items()}
+    norms = {shared: torch.stack(foreach_norm(mine, order)).double() for shared, mine in by_copies.items()}
     if order == float("inf"):
         largest = [norm.max() for norm in norms.values()] or [torch.zeros((), dtype=torch.float64, device=device)]
         return all_max(torch.stack(largest).max())

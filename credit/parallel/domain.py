@@ -12,7 +12,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils import _pytree
 
 from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
 from credit.domain_parallel.lengths import global_length
@@ -21,6 +20,7 @@ from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.root import Border
 from credit.domain_parallel.sharding import shard_tensor
 from credit.domain_parallel.slab import Slab, inside_model
+from credit.domain_parallel.torch_private import tree_map_only
 
 
 def apply_domain_parallel(
@@ -55,7 +55,7 @@ def shard_spatial(tensor: Any, manager: DomainParallelManager | None) -> Any:
     """
     if manager is None or manager.domain_world_size == 1:
         return tensor
-    return _pytree.tree_map_only(Tensor, lambda x: shard_tensor(x, -2, manager), tensor)
+    return tree_map_only(Tensor, lambda x: shard_tensor(x, -2, manager), tensor)
 
 
 def unpad_shard_interp(

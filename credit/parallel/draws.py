@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from credit.domain_parallel.root import torch_generator_state
+from credit.domain_parallel.torch_private import TorchDispatchMode
 from credit.errors import CreditError
 
 
@@ -83,13 +83,15 @@ class Plan:
 class _Draws(TorchDispatchMode):
     """Hands every operator on but those that draw."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         return self.draw(func, args, kwargs)
 
-    def draw(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
 
 
@@ -104,7 +106,7 @@ class Recorded(_Draws):
         super().__init__()
         self.seen: list[Seen] = []
 
-    def draw(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = _seen(func, args)
         found, drawn = _called(func, args, kwargs)
         if drawn:
@@ -125,7 +127,7 @@ class SampleDraws(_Draws):
         super().__init__()
         self.plan, self.samples = plan, samples
 
-    def draw(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         seen = _seen(func, args)
         if seen.shape not in self.plan.rows and seen.shape not in self.plan.fixed:
             found, drawn = _called(func, args, kwargs)
@@ -142,7 +144,9 @@ class SampleDraws(_Draws):
         finally:
             torch.default_generator.set_state(after)
 
-    def _by_sample(self, func: Any, args: tuple, kwargs: dict, rows: int, length: int, key: int) -> Any:
+    def _by_sample(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int, length: int, key: int
+    ) -> Any:
         parts = []
         for number, sample in enumerate(self.samples):
             torch.manual_seed(hash((key, *sample)) % 2**63)
@@ -160,7 +164,7 @@ class SampleDraws(_Draws):
         return tuple(_joined(each, args) for each in zip(*parts, strict=True))
 
 
-def _joined(parts: Sequence[Tensor], args: tuple) -> Tensor:
+def _joined(parts: Sequence[Tensor], args: tuple[Any, ...]) -> Tensor:
     """The samples' results as one, stored as torch would store it: like the operand, if it is of its shape."""
     whole = torch.cat([*parts])
     like = next((x for x in args if isinstance(x, Tensor)), whole)
@@ -178,7 +182,7 @@ def _part(x: Any, first: int, rows: int, length: int) -> Any:
     return x
 
 
-def _seen(func: Any, args: tuple) -> Seen:
+def _seen(func: Any, args: tuple[Any, ...]) -> Seen:
     """What is drawn has the shape of the first tensor, or is given as a list of lengths."""
     shape = next((tuple(x.shape) for x in args if isinstance(x, Tensor)), None)
     if shape is None:
@@ -187,7 +191,7 @@ def _seen(func: Any, args: tuple) -> Seen:
     return Seen(Shape(str(func), shape[1:], numbers), shape[0] if shape else 1)
 
 
-def _called(func: Any, args: tuple, kwargs: dict) -> tuple[Any, bool]:
+def _called(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
     """func(*args, **kwargs), and whether it drew."""
     before = torch_generator_state()
     found = func(*args, **kwargs)

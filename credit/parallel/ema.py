@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from credit.domain_parallel.torch_private import foreach_lerp_
 from credit.parallel.collectives import local
 from credit.parallel.domain import get_raw_model
 
 
 class EMA:
     """average <- decay * average + (1 - decay) * weights, after every optimiser step.
+
+    The decay of step n, from 1, is min(decay, (1 + n) / (10 + n)), as in TensorFlow's ExponentialMovingAverage: the
+    average is of the steps that there have been, and does not keep the initial weights.
 
     Each rank averages what it stores of each parameter: no messages. Buffers are taken as they are.
 
@@ -29,10 +33,11 @@ class EMA:
         self.average: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take the weights as they are now into the average."""
+    def update(self, step: int) -> None:
+        """Take the weights as they are after step number `step`, from 1, into the average."""
+        decay = min(self.decay, (1 + step) / (10 + step))
         ours = [local(average) for average in self.average.values()]
-        torch._foreach_lerp_(ours, [local(p) for p in self._parameters.values()], 1 - self.decay)
+        foreach_lerp_(ours, [local(p) for p in self._parameters.values()], 1 - decay)
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:

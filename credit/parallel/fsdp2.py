@@ -16,8 +16,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from credit.config.parallelism import Conf, Sharding
 from credit.domain_parallel.layers import become
 from credit.domain_parallel.slab import show_rows_to_hooks
+from credit.domain_parallel.torch_private import allow_recompiles
 from credit.parallel.tensor_parallel import TensorParallelError
 
 BLOCKS = ("Transformer", "UpBlock", "UpBlockPS")
@@ -40,25 +42,24 @@ def gradient_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
     return mesh[names[0]] if len(names) == 1 else mesh[names]._flatten("dp_domain")
 
 
-def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: dict) -> nn.Module:
+def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf) -> nn.Module:
     """Shard parameters, gradients and optimiser states over `dp_mesh`: blocks first, then the rest. In place.
 
     Args:
         model: the model, already cut by channel and converted for domain parallelism.
         dp_mesh: 1-D; a 2-D mesh would mean hybrid sharding to FSDP2, so flatten dp x domain first
             (`gradient_mesh`). None shards over all ranks.
-        conf: the whole config. Of `trainer`: `amp: bf16` computes in bfloat16 and reduces in float32;
+        conf: the whole config, or `Sharding`. Of `trainer`: `amp: bf16` computes in bfloat16 and reduces in float32;
             `activation_checkpointing` keeps the inputs of blocks alone and runs them again in the backward;
             `reshard_after_forward: false` keeps the gathered parameters for the backward, for less traffic and
             more memory; `prefetch: n` gathers the parameters of the next n blocks while one computes.
     """
-    trainer = conf.get("trainer") or {}
+    sharding = Sharding.of(conf)
     bf16: dict[str, Any] = {}
-    if trainer.get("amp") == "bf16":
+    if sharding.amp == "bf16":
         bf16 = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    reshard = trainer.get("reshard_after_forward", True)
     blocks = fsdp_blocks(model)
-    if trainer.get("activation_checkpointing"):
+    if sharding.activation_checkpointing:
         recompute_activations(blocks)
     whole, shared = _kept_whole(model), _shared(blocks)
     for parameter in model.parameters():
@@ -68,15 +69,15 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: dict) -> nn.
             block,
             mesh=dp_mesh,
             mp_policy=MixedPrecisionPolicy(**bf16),
-            reshard_after_forward=reshard,
+            reshard_after_forward=sharding.reshard_after_forward,
             ignored_params=whole | shared,
         )
         show_rows_to_hooks(block)
     # Only the whole model answers in float32: a block's output is the next block's bfloat16 input.
     output: dict[str, Any] = {"output_dtype": torch.float32} if bf16 else {}
     fully_shard(model, mesh=dp_mesh, mp_policy=MixedPrecisionPolicy(**bf16, **output), ignored_params=whole)
-    for i, block in enumerate(blocks if trainer.get("prefetch") else ()):
-        cast(FSDPModule, block).set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + trainer["prefetch"]])  # type: ignore[arg-type]
+    for i, block in enumerate(blocks if sharding.prefetch else ()):
+        cast(FSDPModule, block).set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + sharding.prefetch])  # type: ignore[arg-type]
     return model
 
 
@@ -114,8 +115,7 @@ def compile_blocks(model: nn.Module) -> None:
     eager code. All blocks count as one against its limit of shapes, beyond which it would go on in eager mode unsaid.
     """
     blocks = _outermost(fsdp_blocks(model))
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, SHAPES_A_BLOCK * len(blocks))
+    allow_recompiles(SHAPES_A_BLOCK * len(blocks))
     for block in blocks:
         block.compile(dynamic=False)
 

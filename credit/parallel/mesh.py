@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from credit.layout import MeshShape, dp_world_size, mesh_coords, mesh_shape, parse_parallelism_conf
+from credit.config.parallelism import Conf
+from credit.layout import MeshShape, dp_world_size, joined_mesh_shape, mesh_coords, mesh_shape, parse_parallelism_conf
 
 __all__ = [
     "MeshShape",
@@ -22,7 +24,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def build_device_mesh(parallelism_conf: dict, device: str = "cuda") -> tuple[DeviceMesh | None, dict[str, DeviceMesh]]:
+def build_device_mesh(
+    parallelism_conf: dict[str, Any], device: str = "cuda"
+) -> tuple[DeviceMesh | None, dict[str, DeviceMesh]]:
     """Build the mesh over all ranks.
 
     Args:
@@ -37,12 +41,7 @@ def build_device_mesh(parallelism_conf: dict, device: str = "cuda") -> tuple[Dev
         ValueError: if the world does not divide, or holds several replicas that `data: none` would never join.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    shape = mesh_shape(parallelism_conf, world_size)
-    if shape.dp > 1 and parallelism_conf["data"] == "none":
-        raise ValueError(
-            f"{world_size} ranks make {shape.dp} replicas, which data: none would train apart from each other: "
-            f"set trainer.parallelism.data to ddp or fsdp2, or start {world_size // shape.dp} ranks"
-        )
+    shape = joined_mesh_shape(parallelism_conf, world_size)
     sizes = {name: size for name, size in shape._asdict().items() if size > 1}
     if not sizes:
         return None, {}
@@ -51,7 +50,7 @@ def build_device_mesh(parallelism_conf: dict, device: str = "cuda") -> tuple[Dev
     return mesh, {name: mesh[name] for name in sizes}
 
 
-def data_parallel_coords(conf: dict) -> tuple[int, int]:
+def data_parallel_coords(conf: Conf) -> tuple[int, int]:
     """(dp_rank, dp_size): which share of the samples this rank reads, and of how many.
 
     The sampler contract: samples are divided over dp only. Ranks that differ in their tp or domain coordinate

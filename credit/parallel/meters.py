@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from credit.domain_parallel.torch_private import TorchDispatchMode, tree_leaves
 
 
 class Meter(TorchDispatchMode):
@@ -28,7 +28,9 @@ class Meter(TorchDispatchMode):
         for tensor in tensors:
             self._known[tensor.untyped_storage()] = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
@@ -58,13 +60,15 @@ class Wire(TorchDispatchMode):
         self.bytes = self.calls = 0
         self.names: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         space, _, name = func.name().partition("::")
         if space == "c10d" and name not in ("recv_", "barrier"):
             self._count(name, args)
         return func(*args, **(kwargs or {}))
 
-    def _count(self, name: str, args: tuple) -> None:
+    def _count(self, name: str, args: tuple[Any, ...]) -> None:
         groups = [a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())]
         ranks = dist.ProcessGroup.unbox(groups[0]).size()
         sizes = [tensor.nbytes for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]

@@ -9,8 +9,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from credit.config.parallelism import Conf, Sharding
 from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
+from credit.domain_parallel.layers import DomainParallelRoot
 from credit.domain_parallel.manager import DomainParallelManager
+from credit.domain_parallel.record import record
+from credit.domain_parallel.torch_private import BatchNorm
 from credit.errors import ConfigError
 from credit.parallel.collectives import allreduce_grads_avg
 from credit.parallel.fsdp2 import (
@@ -21,14 +25,13 @@ from credit.parallel.fsdp2 import (
     gradient_mesh,
     recompute_activations,
 )
-from credit.parallel.mesh import parse_parallelism_conf
 from credit.parallel.tensor_parallel import apply_tensor_parallel
 
 
 def parallelize(
     model: nn.Module,
     mesh: DeviceMesh | None,
-    conf: dict,
+    conf: Conf,
     manager: DomainParallelManager | None = None,
     custom_converters: Mapping[Any, Converter] | None = None,
 ) -> nn.Module:
@@ -39,7 +42,7 @@ def parallelize(
     Args:
         model: plain, with the same weights on all ranks.
         mesh: from `build_device_mesh`; None for one rank.
-        conf: the whole config.
+        conf: the whole config as a dictionary, or its `Sharding`.
         manager: of the mesh's domain group; made from the mesh if None.
         custom_converters: for `convert_to_domain_parallel`.
     """
@@ -49,65 +52,68 @@ def parallelize(
 def cut(
     model: nn.Module,
     mesh: DeviceMesh | None,
-    conf: dict,
+    conf: Conf,
     manager: DomainParallelManager | None = None,
     custom_converters: Mapping[Any, Converter] | None = None,
 ) -> nn.Module:
     """The first half of `parallelize`: channels over tp, rows over domain."""
-    trainer = conf.get("trainer") or {}
     if mesh is not None and "tp" in (mesh.mesh_dim_names or ()):
         model = apply_tensor_parallel(model, mesh["tp"])
     manager = manager or DomainParallelManager.from_mesh(mesh)
-    fallback = trainer.get("fallback", "gather")
+    fallback = Sharding.of(conf).fallback
     model = convert_to_domain_parallel(model, manager, custom_converters=custom_converters, fallback=fallback)
     if mesh is not None and "dp" in (mesh.mesh_dim_names or ()):
         _refuse_batch_norm(model)
     return model
 
 
-def replicate(model: nn.Module, mesh: DeviceMesh | None, conf: dict, unused: Sequence[str] = ()) -> nn.Module:
+def replicate(model: nn.Module, mesh: DeviceMesh | None, conf: Conf, unused: Sequence[str] = ()) -> nn.Module:
     """The second half of `parallelize`: samples over dp.
 
     Args:
         unused: parameters that get no gradient, by name; DDP does not wait for them.
     """
-    parallelism, trainer = parse_parallelism_conf(conf), conf.get("trainer") or {}
-    if trainer.get("compile"):
+    sharding = Sharding.of(conf)
+    data = sharding.parallelism.data
+    if isinstance(model, DomainParallelRoot) or _is_cut(model):
+        if sharding.compile or sharding.record:
+            record(model, compiled=sharding.compile)
+    elif sharding.compile:
         compile_blocks(model)
-    over = _fsdp_mesh(mesh, trainer)
-    if parallelism["data"] == "fsdp2" and over is not None:
-        return apply_fsdp2(model, over, conf)
-    if trainer.get("activation_checkpointing"):
+    over = _fsdp_mesh(mesh, sharding)
+    if data == "fsdp2" and over is not None:
+        return apply_fsdp2(model, over, sharding)
+    if sharding.activation_checkpointing:
         recompute_activations(fsdp_blocks(model))
     averaged = gradient_mesh(mesh)
-    if parallelism["data"] == "ddp" and averaged is not None and not _is_cut(model):
+    if data == "ddp" and averaged is not None and not _is_cut(model):
         return apply_ddp(model, averaged, unused)
     return model
 
 
 def _refuse_batch_norm(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             raise ConfigError(
                 f"{path} ({type(module).__name__}) has the statistics of one replica's samples, so several replicas "
                 f"do not give the numbers of one device: use GroupNorm, or one replica (a larger domain or tensor)"
             )
 
 
-def reduce_gradients(model: nn.Module, mesh: DeviceMesh | None, conf: dict) -> None:
+def reduce_gradients(model: nn.Module, mesh: DeviceMesh | None, conf: Conf) -> None:
     """Average the gradients over those of dp x domain that neither FSDP2 nor DDP has averaged them over.
 
     That is the domain group where parameters are sharded over dp alone or `data` is none, and all of dp x domain where
     DDP would be used but for tensor parallelism, whose DTensors it does not take.
     """
-    data = parse_parallelism_conf(conf)["data"]
+    sharding = Sharding.of(conf)
     averaged = gradient_mesh(mesh)
     if averaged is None or mesh is None:
         return
     if isinstance(model, nn.parallel.DistributedDataParallel):
         _refuse_unused(model)
         return
-    done = _fsdp_mesh(mesh, conf.get("trainer") or {}) if data == "fsdp2" else None
+    done = _fsdp_mesh(mesh, sharding) if sharding.parallelism.data == "fsdp2" else None
     if done is None:
         allreduce_grads_avg(model.parameters(), averaged.get_group())
         return
@@ -131,9 +137,9 @@ def _refuse_unused(model: nn.parallel.DistributedDataParallel) -> None:
         )
 
 
-def _fsdp_mesh(mesh: DeviceMesh | None, trainer: dict) -> DeviceMesh | None:
+def _fsdp_mesh(mesh: DeviceMesh | None, sharding: Sharding) -> DeviceMesh | None:
     """The ranks that FSDP2 shards over: dp x domain, or dp alone; None where there is one of them."""
-    if trainer.get("shard_over", "dp_domain") == "dp_domain":
+    if sharding.shard_over == "dp_domain":
         return gradient_mesh(mesh)
     return mesh["dp"] if mesh is not None and "dp" in (mesh.mesh_dim_names or ()) else None
 

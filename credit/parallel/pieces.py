@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import joined
+from credit.domain_parallel.torch_private import (
+    compute_local_shape_and_global_offset,
+    make_wrapper_subclass,
+    no_torch_function,
+)
 from credit.parallel.domain import get_raw_model
 from credit.parallel.tensor_parallel import cut_layers
 
@@ -36,18 +40,16 @@ class Pieces(torch.Tensor):
 
     tensor: DTensor
     partition: Partition
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
 
     @staticmethod
     def __new__(cls, tensor: DTensor, partition: Partition) -> Pieces:
-        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, tensor.shape, dtype=tensor.dtype, device=tensor.device
-        )
+        self = make_wrapper_subclass(cls, tensor.shape, dtype=tensor.dtype, device=tensor.device)
         self.tensor, self.partition = tensor, partition
         return self
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *unused: Any) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: Any, *unused: Any) -> Any:
         raise TypeError(f"{func} of Pieces: take `whole()`, or the tensor")
 
     def runs(self) -> Iterator[tuple[tuple[int, ...], Tensor]]:

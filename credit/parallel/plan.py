@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from credit.config.parallelism import Sharding
 from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
 from credit.domain_parallel.gathered import gathers_recorded
 from credit.domain_parallel.groups import CountingRanks, Traffic
@@ -72,6 +73,18 @@ class _Simulated:
     gathered: tuple[str, ...]
 
 
+class Work(NamedTuple):
+    """What one optimiser step computes."""
+
+    samples: int
+    """Over all ranks."""
+    rollout: int = 1
+    detached: bool = False
+    """No gradient goes from a step of the rollout to the one before."""
+    members: int = 1
+    """Of an ensemble, each sample."""
+
+
 class Planner:
     """Costs of one model's training step on many meshes; each layout of a replica is run once.
 
@@ -79,9 +92,8 @@ class Planner:
         build: makes the plain model for a number of latitudes.
         field: (channels, latitudes, longitudes) of the input, the whole globe. Latitudes are rounded up to a multiple
             of the domain: the cost is that of the rank with most rows.
-        conf: the whole config; of `trainer`: parallelism.data, amp, dtype, batch_size, accumulate, rollout,
-            rollout_detach, activation_checkpointing, fallback, shard_over, reshard_after_forward and the members of an
-            ensemble count.
+        sharding: of the config. What it says of the mesh's sizes is not looked at: `cost` is asked of one.
+        work: of one optimiser step.
         custom_converters: for `convert_to_domain_parallel`.
     """
 
@@ -89,16 +101,14 @@ class Planner:
         self,
         build: Callable[[int], nn.Module],
         field: tuple[int, int, int],
-        conf: dict,
+        sharding: Sharding,
+        work: Work,
         custom_converters: Mapping[Any, Converter] | None = None,
     ) -> None:
         self.build, self.field, self.converters = build, field, custom_converters
-        self.trainer: dict[str, Any] = conf["trainer"]
-        steps = self.trainer.get("rollout", 1)
-        self.together = 1 if self.trainer.get("rollout_detach") else steps  # steps of a rollout that one backward joins
-        loss = self.trainer.get("loss", {})
-        self.members = loss["members"] if loss.get("kind") == "crps" else 1
-        self.forwards = self.trainer.get("accumulate", 1) * steps
+        self.sharding, self.work = sharding, work
+        self.together = 1 if work.detached else work.rollout  # steps of a rollout that one backward joins
+        self.forwards = sharding.accumulate * work.rollout
         self._simulated: dict[tuple[int, int, int, bool], _Simulated] = {}
 
     def cost(self, shape: MeshShape) -> StepCost:
@@ -108,16 +118,14 @@ class Planner:
             TensorParallelError, DomainParallelError: if the model cannot be laid out like this.
             ConfigError: if the batch does not divide over the replicas, or a rank would have no row.
         """
-        data, accumulate = self.trainer["parallelism"]["data"], self.trainer.get("accumulate", 1)
-        samples, rest = divmod(self.trainer["batch_size"], shape.dp * accumulate)
+        data, accumulate = self.sharding.parallelism.data, self.sharding.accumulate
+        samples, rest = divmod(self.work.samples, shape.dp * accumulate)
         if rest:
-            raise ConfigError(
-                f"batch_size {self.trainer['batch_size']} does not divide by dp x accumulate {accumulate}"
-            )
+            raise ConfigError(f"batch_size {self.work.samples} does not divide by dp x accumulate {accumulate}")
         if shape.domain > self.field[1]:
             raise ConfigError(f"{self.field[1]} latitudes cannot be cut over domain: {shape.domain}")
         reduced = shape.dp * shape.domain
-        over = reduced if self.trainer.get("shard_over", "dp_domain") == "dp_domain" else shape.dp
+        over = reduced if self.sharding.shard_over == "dp_domain" else shape.dp
         sharded = over if data == "fsdp2" else 1
         key = (shape.tp, shape.domain, samples, sharded > 1)
         if key not in self._simulated:
@@ -141,8 +149,8 @@ class Planner:
 
     def _simulate(self, tp: int, domain: int, samples: int, sharded: bool) -> _Simulated:
         """One forward and backward of a rank, on tensors without values."""
-        trainer = self.trainer
-        dtype = torch.bfloat16 if trainer.get("amp") == "bf16" else getattr(torch, trainer.get("dtype", "float32"))
+        sharding, work = self.sharding, self.work
+        dtype = torch.bfloat16 if sharding.amp == "bf16" else getattr(torch, sharding.dtype)
         channels, latitudes, longitudes = self.field
         rows = -(-latitudes // domain)
         channels_of = ChannelGroup(CountingRanks(0, tp))
@@ -151,17 +159,18 @@ class Planner:
             model = self.build(rows * domain)
         if tp > 1:
             model = cut_channels(model, channels_of)
-        fallback = trainer.get("fallback", "gather")
-        model = convert_to_domain_parallel(model, manager, custom_converters=self.converters, fallback=fallback)
+        model = convert_to_domain_parallel(
+            model, manager, custom_converters=self.converters, fallback=sharding.fallback
+        )
         blocks = fsdp_blocks(model)
-        if trainer.get("activation_checkpointing"):
+        if sharding.activation_checkpointing:
             recompute_activations(blocks)
         model.to(dtype)
-        x = torch.zeros(samples * self.members, channels, rows, longitudes, dtype=dtype, device="meta")
+        x = torch.zeros(samples * work.members, channels, rows, longitudes, dtype=dtype, device="meta")
         with _gradients_leave(model) if sharded else nullcontext(), gathers_recorded() as gathers:
             meter = _measured(model, x, self.together)
-        peak = meter.peak + (1 + trainer.get("rollout", 1)) * x.nbytes  # the input, and targets
-        weights = _Weights(model, blocks, trainer)
+        peak = meter.peak + (1 + work.rollout) * x.nbytes  # the input, and targets
+        weights = _Weights(model, blocks, sharding)
         gathered = tuple(map(str, gathers))
         return _Simulated(peak, meter.flops, weights, manager.traffic, channels_of.traffic, gathered)
 
@@ -173,8 +182,9 @@ def _measured(model: nn.Module, x: Tensor, steps: int) -> Meter:
     with meter:
         y = model(x)
         loss = y.square().mean()
+        state = min(x.shape[1], y.shape[1])  # or less, where some of what is made is not given
         for _ in range(1, steps):
-            y = y + model(torch.cat([x[:, : y.shape[1]] + y, x[:, y.shape[1] :]], dim=1))
+            y = y + model(torch.cat([x[:, :state] + y[:, :state], x[:, state:]], dim=1))
             loss = loss + y.square().mean()
         loss.backward()
     return meter
@@ -197,10 +207,10 @@ def _ring(given: int, ranks: int) -> int:
 class _Weights:
     """Sizes of a model's parameters, by the groups in which FSDP2 gathers them."""
 
-    def __init__(self, model: nn.Module, blocks: list[nn.Module], trainer: dict) -> None:
-        stored = torch.empty((), dtype=getattr(torch, trainer.get("dtype", "float32"))).itemsize
-        self.again = trainer.get("reshard_after_forward", True)
-        self.computed = 2 if trainer.get("amp") == "bf16" else stored
+    def __init__(self, model: nn.Module, blocks: list[nn.Module], sharding: Sharding) -> None:
+        stored = torch.empty((), dtype=getattr(torch, sharding.dtype)).itemsize
+        self.again = sharding.reshard_after_forward
+        self.computed = 2 if sharding.amp == "bf16" else stored
         counted: set[nn.Parameter] = set()
         numbers = []
         for group in [*reversed(blocks), model]:

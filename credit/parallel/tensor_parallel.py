@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils import _pytree
 
 from credit.domain_parallel.groups import ProcessRanks
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import joined, part
 from credit.domain_parallel.slab import refuse, rules_of
+from credit.domain_parallel.torch_private import tree_leaves
 from credit.errors import CreditError
 from credit.parallel.channels import ChannelGroup, Channels
 from credit.parallel.collectives import local
@@ -145,7 +145,7 @@ def _channels(layer: Any, outputs: bool) -> int:
     return layer.out_features if outputs else layer.in_features
 
 
-def _convert(layer: Any, kind: type[_CutLayer], partition: Partition, group: ChannelGroup, uses: Counter) -> None:
+def _convert(layer: Any, kind: type[_CutLayer], partition: Partition, group: ChannelGroup, uses: Counter[Any]) -> None:
     dim = kind._dim
     layer._tp_cut = set()
     for name in ("weight", "bias") if dim == 0 else ("weight",):
@@ -236,7 +236,7 @@ class _Whole:
         self.path = path
 
     def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
-        if any(isinstance(leaf, Channels) for leaf in _pytree.tree_leaves(output)):
+        if any(isinstance(leaf, Channels) for leaf in tree_leaves(output)):
             raise TensorParallelError(
                 f"{self.path or type(block).__name__} ({type(block).__name__}) gives channels that are still cut over "
                 f"the tensor-parallel ranks: its output must come from {block._tp_row!r}"

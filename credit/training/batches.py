@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from credit.launch.stop import StopRequest
-from credit.parallel.collectives import all_sum, describe, gather_objects, share_failure
+from credit.boundary import CAUGHT
+from credit.parallel.collectives import all_sum, share_failure
+from credit.stop import StopRequest
 
 NORM = 64
 """Of the ranks' waits: a sum then tells the largest, 3 % more for 8 ranks that wait alike, 14 % for 4,096."""
@@ -39,8 +40,7 @@ class AgreedBatches:
         self.total(torch.zeros((), dtype=torch.float64, device=self._device))
         while True:
             if self._failed:
-                said = gather_objects(None if self._error is None else describe(self._error))
-                share_failure(said, "reading a batch", self._error)
+                share_failure(self._error, "reading a batch")
             if self._batch is None:
                 return
             if self._stop:
@@ -50,11 +50,12 @@ class AgreedBatches:
 
     def total(self, share: Tensor) -> float:
         """The sum over all ranks of `share`, a float64 number on the device; and what all say of the next batch."""
-        self._batch, self._error = None, None
+        self._batch: dict[str, Tensor] | None = None
+        self._error: BaseException | None = None
         begin = time.perf_counter()
         try:
             self._batch = next(self._batches, None)
-        except Exception as caught:
+        except CAUGHT as caught:
             self._error = caught
         told = [self._error is not None, bool(self._request), (time.perf_counter() - begin) ** NORM]
         total, failed, stop, waited = all_sum(torch.cat([share.reshape(1), share.new_tensor(told)])).tolist()

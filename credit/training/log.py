@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import re
 import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
-from credit.errors import ConfigError
+from credit.errors import ConfigError, CreditError, DataError
 
 STEP_COLUMNS = ("step", "epoch", "loss", "gradient_norm", "learning_rate", "seconds", "waited")
 EPOCH_COLUMNS = ("step", "epoch", "loss")
@@ -22,9 +23,12 @@ class _Csv:
     def __init__(self, path: Path, columns: tuple[str, ...], first: int) -> None:
         rows: list[list[str]] = []
         if first and path.exists():
-            with path.open(newline="") as stream:
-                rows = [row for row in list(csv.reader(stream))[1:] if row and int(row[0]) <= first]
-        self.last = int(rows[-1][0]) if rows else 0
+            try:
+                with path.open(newline="", errors="replace") as stream:
+                    old = [*csv.reader(stream)][1:]
+            except csv.Error as error:
+                raise DataError(f"is damaged: {error}", str(path), "move it away, and a new one begins") from None
+            rows = [row for row in old if row and re.fullmatch("[0-9]{1,18}", row[0]) and int(row[0]) <= first]
         self._stream = path.open("w", newline="")
         self._writer = csv.writer(self._stream)
         self._writer.writerows([columns, *rows])
@@ -42,8 +46,9 @@ def refuse_missing_tensorboard(wanted: bool) -> None:
     """Raise a ConfigError if TensorBoard is wanted and not installed."""
     if wanted and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError(
-            "trainer.tensorboard: the package tensorboard is not installed: pip install 'credit-hpc[tracking]', or "
-            "leave the key out"
+            "the package tensorboard is not installed",
+            "trainer.tensorboard",
+            "pip install 'credit-hpc[tracking]', or leave the key out",
         )
 
 
@@ -78,6 +83,7 @@ class StepLog:
         self._active, self._steps = active, steps
         self._shown = time.monotonic()
         self._recent: deque[tuple[float, int, float, float]] = deque(maxlen=50)
+        self._failed: OSError | None = None
         if active:
             self._train = _Csv(directory / "log.csv", STEP_COLUMNS, first)
             self._valid = _Csv(directory / "valid.csv", EPOCH_COLUMNS, first)
@@ -97,10 +103,9 @@ class StepLog:
         """One optimiser step that took `seconds`, and then so long a wait for the data of the next."""
         if not self._active:
             return
-        self._train.write(step, epoch, repr(loss), repr(norm), f"{rate:.6g}", f"{seconds:.4f}", f"{waited:.4f}")
-        if self._board is not None:
-            values = (epoch, loss, norm, rate, seconds, waited)
-            self._board.write("train", step, dict(zip(STEP_COLUMNS[1:], values, strict=True)))
+        values = (epoch, loss, norm, rate, seconds, waited)
+        row = (step, epoch, repr(loss), repr(norm), f"{rate:.6g}", f"{seconds:.4f}", f"{waited:.4f}")
+        self._write(self._train, row, "train", dict(zip(STEP_COLUMNS[1:], values, strict=True)))
         self._recent.append((time.monotonic(), samples, seconds, waited))
         self._last = f"epoch {epoch}  step {step}/{self._steps}  loss {loss:.4f}  rate {rate:.2e}"
         self._step = step
@@ -109,14 +114,22 @@ class StepLog:
 
     def epoch(self, epoch: int, step: int, valid_loss: float) -> None:
         if self._active:
-            self._valid.write(step, epoch, repr(valid_loss))
-            if self._board is not None:
-                self._board.write("valid", step, {"loss": valid_loss})
+            self._write(self._valid, (step, epoch, repr(valid_loss)), "valid", {"loss": valid_loss})
             self._show(f"  valid {valid_loss:.4f}")
 
-    def is_validated(self, step: int) -> bool:
-        """True if the validation after so many steps was in the log of a job before; asked of the rank that writes."""
-        return self._active and self._valid.last == step > 0
+    def _write(self, file: _Csv, row: tuple[Any, ...], group: str, values: dict[str, float]) -> None:
+        """What the disk does not take is said by `check`, to all ranks at once."""
+        try:
+            file.write(*row)
+            if self._board is not None:
+                self._board.write(group, row[0], values)
+        except OSError as error:
+            self._failed = error
+
+    def check(self) -> None:
+        """Raise a CreditError if something could not be written."""
+        if self._failed is not None:
+            raise CreditError(f"the log cannot be written: {self._failed}. Is there room on the disk?")
 
     def close(self) -> None:
         if self._active:

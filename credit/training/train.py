@@ -9,19 +9,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from credit.config import Trainer
 from credit.data.dataset import Fields, StepDataset
 from credit.data.loading import BatchLoader
 from credit.data.sampler import DataParallelSampler
 from credit.errors import ConfigError, CreditError, Stopped
 from credit.launch.contract import enforce_sampler_contract
 from credit.launch.job import Job, sole_writer
-from credit.launch.stop import StopRequest
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
 from credit.parallel.collectives import clip_grad_norm_, gather_objects, local, together
 from credit.parallel.domain import get_raw_model
@@ -29,14 +27,17 @@ from credit.parallel.ema import EMA
 from credit.parallel.fsdp2 import synchronize_gradients
 from credit.parallel.look import StepBuffers
 from credit.parallel.parallelize import reduce_gradients
-from credit.status import write_status
+from credit.parallel.validated import best_step, read_losses
+from credit.status import Status, refuse_removed, write_status
+from credit.stop import StopRequest
 from credit.training.batches import AgreedBatches
-from credit.training.facts import refuse_other_run, run_facts
+from credit.training.facts import refuse_other_run, run_facts, stages_after
 from credit.training.log import StepLog, refuse_missing_tensorboard
 from credit.training.loss import LatitudeWeightedLoss
 from credit.training.noise import Noise
 from credit.training.profile import Profile
 from credit.training.rollout import changes
+from credit.training.schedule import Schedule
 from credit.training.setup import open_store, prepare_training
 
 MAX_SKIPPED = 10
@@ -44,14 +45,6 @@ MAX_SKIPPED = 10
 
 FIELDS = ("x", "y", "forcings")
 """Entries of a batch that are computed with."""
-
-
-def learning_rate(step: int, steps: int, trainer: Trainer) -> float:
-    """Linear warm-up, then a half cosine to zero at the last step (Loshchilov & Hutter, 2017)."""
-    if step < trainer.warmup_steps:
-        return trainer.learning_rate * (step + 1) / trainer.warmup_steps
-    done = (step - trainer.warmup_steps) / max(steps - trainer.warmup_steps, 1)
-    return trainer.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclass(eq=False)
@@ -67,13 +60,12 @@ class Trained:
 class TrainingRun:
     """One rank's part of a training run."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, request: StopRequest | None = None) -> None:
         self.job, self.trainer = job, job.config.trainer
-        self.conf = job.config.to_dict()
         self.dtype = getattr(torch, self.trainer.dtype)
         with together("opening the log"):
             refuse_missing_tensorboard(self.trainer.tensorboard and job.is_first)
-        store, statistics = open_store(job)
+        store, statistics = open_store(job, request)
         rows = job.rows(store.grid.shape[0])
         with together("opening the data"):
             self.fields = Fields(job.config, store, statistics, rows)
@@ -95,24 +87,34 @@ class TrainingRun:
             for period, dataset in datasets.items()
         }
         self.model, self.look = prepare_training(job, self.fields)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.trainer.learning_rate, weight_decay=self.trainer.weight_decay
+            trained, lr=self.trainer.learning_rate, weight_decay=self.trainer.weight_decay
         )
-        self.loss = LatitudeWeightedLoss(self.trainer.loss, store.grid, rows, self.fields.predicted).to(job.device)
+        with together("building the loss"):
+            self.loss = LatitudeWeightedLoss(
+                self.trainer.loss, store.grid, rows, self.fields.predicted, self.fields.mask, job.config.data.boundary
+            ).to(job.device)
         self.noise = Noise(self.trainer.seed, store.grid.shape, rows, job.device, self.dtype)
-        self.increment_std = self.fields.increment_std.to(job.device, self.dtype)
+        self.unit = self.fields.unit.to(job.device, self.dtype)
+        self.edge = None if self.fields.edge is None else self.fields.edge.to(job.device)
         self.ema = EMA(self.model, self.trainer.ema) if self.trainer.ema is not None else None
         self.steps_per_epoch = self.samplers["train"].batches
         self.steps = self.trainer.epochs * self.steps_per_epoch
+        with together("reading trainer.schedule"):
+            self.schedule = Schedule(self.trainer, [self.trainer.epochs], self.steps_per_epoch)
+        self.log: StepLog
         self.saved = 0  # the newest checkpoint's step
+        self.validated: dict[int, float] = {}  # losses, by step
         self.skipped = 0  # steps in a row
         self.checkpoints = Checkpointer(
             job.config.run / "checkpoints",
             self.model,
             self.optimizer,
             self.ema,
-            run_facts(job.config, statistics),
+            run_facts(job.config, statistics, store.grid),
             in_background=self.trainer.checkpoint_async,
+            keep=self.trainer.keep,
         )
 
     def _check_accumulation(self, samples: int) -> None:
@@ -141,16 +143,17 @@ class TrainingRun:
         if members > 1:
             fields = {name: value.repeat_interleave(members, dim=0) for name, value in fields.items()}
             noise = partial(self.noise, [(draw, *one) for one in self._members_of(batch)])
-        steps = changes(self.predict, fields, self.increment_std, self.trainer.rollout_detach, noise)
+        states = self.fields.state_channels, self.job.config.data.history
+        steps = changes(self.predict, fields, states, self.unit, self.trainer.rollout_detach, noise, self.edge)
         for change, target in zip(steps, targets, strict=True):
             yield self.loss(change, target, batch["weight"]) / self.trainer.rollout
 
     def train_step(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor, float]:
         """One optimiser step; (this rank's share of the global mean loss, gradient norm, learning rate)."""
         share = self._backward(batch, step)
-        reduce_gradients(self.model, self.job.mesh, self.conf)
+        reduce_gradients(self.model, self.job.mesh, self.trainer)
         norm = clip_grad_norm_(self.model.parameters(), self.trainer.clip)
-        rate = learning_rate(step, self.steps, self.trainer)
+        rate = self.schedule.rate(step)
         if not self._is_usable(norm, step):
             self.optimizer.zero_grad()
             return share, norm, rate
@@ -159,7 +162,7 @@ class TrainingRun:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
-            self.ema.update()
+            self.ema.update(step + 1)
         return share, norm, rate
 
     def _is_usable(self, norm: Tensor, step: int) -> bool:
@@ -244,9 +247,12 @@ class TrainingRun:
         if newest is None:
             return 0
         path, facts = newest
-        refuse_other_run(facts, self.checkpoints.facts)
-        self.checkpoints.load(path)
         step = int(path.name.removeprefix("step-"))
+        stages = stages_after(facts, step // self.steps_per_epoch, self.trainer.epochs)
+        self.checkpoints.facts["trainer"]["stages"] = stages
+        refuse_other_run(facts, self.checkpoints.facts, but=("trainer.stages",))
+        self.schedule = Schedule(self.trainer, stages, self.steps_per_epoch)
+        self.checkpoints.load(path)
         self.job.say(f"resuming from {path}" if step < self.steps else f"{path} is the last: nothing to do")
         return step
 
@@ -265,19 +271,25 @@ class TrainingRun:
             request.refuse_too_late()
         self._enforce_contract(first)
         is_first, directory = self.job.is_first, self.job.config.run
-        log = StepLog(directory, first, self.steps, is_first, self.trainer.tensorboard)
+        with together("opening the log"):
+            log = self.log = StepLog(directory, first, self.steps, is_first, self.trainer.tensorboard)
+        with together("reading the validation losses"):
+            losses = read_losses(self.checkpoints.directory)
+        # Rank 0's: over a network, another may see an older file.
+        self.validated = {step: loss for step, loss in gather_objects(losses)[0].items() if step <= first}
         self.model.train()
-        if first and first % self.steps_per_epoch == 0:
-            self._validate_once(first // self.steps_per_epoch, trained, log, request)  # in which a job may have stopped
+        epochs, begun = divmod(first, self.steps_per_epoch)
+        if epochs and not begun:
+            self._validate_once(epochs, trained, log, request)  # in which a job may have stopped
         with Profile(directory, first, profile, is_first) as recorded:
-            for epoch in range(first // self.steps_per_epoch, self.trainer.epochs):
-                done = max(first - epoch * self.steps_per_epoch, 0)
-                for _ in self._epoch(epoch, done, trained, log, request):
+            while epochs < self.trainer.epochs and not self._is_stale():
+                for _ in self._epoch(epochs, begun, trained, log, request):
                     recorded.step()
-                self._validate_once(epoch + 1, trained, log, request)
+                epochs, begun = epochs + 1, 0
+                self._validate_once(epochs, trained, log, request)
         self.checkpoints.close()
         log.close()
-        self._tell("finished", self.steps)
+        self._tell("finished", epochs * self.steps_per_epoch)
         return trained
 
     def _validate_once(self, epochs: int, trained: Trained, log: StepLog, request: StopRequest) -> None:
@@ -287,12 +299,26 @@ class TrainingRun:
             Stopped: on all ranks, after saving, once any has a stop request.
         """
         step = epochs * self.steps_per_epoch
-        if gather_objects(log.is_validated(step))[0]:
+        if step in self.validated:
             return
         trained.valid_loss = self.validate(request)
         if trained.valid_loss is None:
             self._stop(step, request)
+        self.validated[step] = trained.valid_loss
+        self.checkpoints.validated(self.validated)
         log.epoch(epochs, step, trained.valid_loss)
+        with together("writing the log"):
+            log.check()
+
+    def _is_stale(self) -> bool:
+        """True once the validation loss has not been less than before for `trainer.patience` epochs."""
+        best = best_step(self.validated)
+        if self.trainer.patience is None or best is None:
+            return False
+        since = sum(step > best for step in self.validated)
+        if since >= self.trainer.patience:
+            self.job.say(f"no validation loss below that of step {best} for {since} epochs: training ends")
+        return since >= self.trainer.patience
 
     def _enforce_contract(self, first: int) -> None:
         """Before the first step. Each rank reads its own rows, so what is compared is which samples they are."""
@@ -301,7 +327,7 @@ class TrainingRun:
         drawn = {"train": done * self.trainer.batch_size, "valid": 0}
         for period, loader in self.loaders.items():
             self.loaders[period] = enforce_sampler_contract(
-                loader, self.conf, drawn=drawn[period], whole=("sample", "time", "weight")
+                loader, self.trainer, drawn=drawn[period], whole=("sample", "time", "weight")
             )
 
     def _epoch(self, epoch: int, done: int, trained: Trained, log: StepLog, request: StopRequest) -> Iterator[None]:
@@ -325,7 +351,7 @@ class TrainingRun:
                     f"the loss is {loss} at step {step}: lower trainer.learning_rate, or set trainer.clip; "
                     f"{self.checkpoints.directory} holds the steps before"
                 )
-            if step % self.trainer.checkpoint_every == 0 or step == self.steps:
+            if step % self.trainer.checkpoint_every == 0 or step % self.steps_per_epoch == 0:
                 self._save(step)
             yield
 
@@ -338,13 +364,18 @@ class TrainingRun:
         raise Stopped(f"at step {step} of {self.steps}{signal}, and saved: the same command goes on from there")
 
     def _save(self, step: int) -> None:
+        with together("looking at the run directory"):
+            self.log.check()
+            if self.job.is_first:
+                refuse_removed(self.job.config.run)
         self.checkpoints.save(step)
         self.saved = step
 
-    def _tell(self, state: str, step: int) -> None:
+    def _tell(self, state: Literal["running", "stopped", "finished"], step: int) -> None:
         """For `credit status`, and for scripts that go on with what is not finished."""
-        if self.job.is_first:
-            write_status(self.job.config.run, state, step, self.steps)
+        with together("writing the status"):
+            if self.job.is_first:
+                write_status(self.job.config.run, Status(state, step, self.steps))
 
 
 def train(job: Job, request: StopRequest | None = None, profile: int = 0) -> Trained:
@@ -353,12 +384,14 @@ def train(job: Job, request: StopRequest | None = None, profile: int = 0) -> Tra
     Args:
         profile: steps of which rank 0 writes a chrome trace to the run directory.
     """
+    request = StopRequest() if request is None else request
+    request.clock_ahead = job.clock_ahead
     with sole_writer(job):
-        return _train(job, StopRequest() if request is None else request, profile)
+        return _train(job, request, profile)
 
 
 def _train(job: Job, request: StopRequest, profile: int) -> Trained:
-    run = TrainingRun(job)
+    run = TrainingRun(job, request)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     shape = job.shape
     job.say(

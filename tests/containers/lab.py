@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 LAB = Path("/tmp/credit-containers")
 USER = "credit-user"
 IMAGE = "localhost/credit:test"
-SOURCES = ("pyproject.toml", "README.md", "constraints.txt", "credit", "hpc", "containers")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "constraints.txt", "credit", "configs", "hpc", "containers")
 PODMAN = {
     "containers.conf": """[containers]
 default_ulimits = ["nofile=1024:4096", "nproc=4096:4096"]
@@ -135,7 +135,7 @@ def build_sif() -> Path:
     tar = base()
     if not shutil.which("apptainer"):
         with apt.lock:
-            call("bash", Path(__file__).with_name("install-apptainer.sh"))
+            call("bash", ROOT / "containers/install-apptainer.sh")
     for name in ("/etc/subuid", "/etc/subgid"):  # for --fakeroot
         file = Path(name)
         if "root:" not in (file.read_text() if file.exists() else ""):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,6 +62,15 @@ def apptainer(
     return as_user(*in_sif(sif, *words, options=options), **more)
 
 
+def from_nothing(sif: Path, bare: Path) -> subprocess.CompletedProcess:
+    """What an ordinary user does in a directory of the user's own: a config from the image, and a training with it."""
+    own = bare / "own"
+    assert as_user("mkdir", own).returncode == 0
+    begin = 'credit init quickstart && exec "$@"'
+    train = [*TORCHRUN, "credit", "train", "quickstart.yaml", *shorter(bare / "sif")]
+    return apptainer(sif, "sh", "-c", begin, "sh", *train, options=("--pwd", own))
+
+
 def podman_run(oci: str, *options: str | Path, entrypoint: str = "credit") -> list[str]:
     """The command up to the image; the words for `entrypoint` follow."""
     options = ("--entrypoint", entrypoint, *map(str, options))
@@ -112,13 +123,20 @@ def same_losses(bare: Path, folder: Path, ranks: int = 2) -> None:
 
 
 def on_slurm(sif: Path, bare: Path) -> tuple[subprocess.CompletedProcess, str]:
-    """A batch job on two nodes, by a site's script; and what it printed."""
+    """Batch jobs on two nodes, a training by a site's script and a forecast of tomorrow; and what they printed."""
+    env = {**cluster.env(), "CREDIT_IMAGE": str(sif), "GLOO_SOCKET_IFNAME": "", "APPTAINER_USERNS": "1", **ONE_THREAD}
+    wrapped = shlex.join(map(str, ["srun", *in_sif(sif, "python", "-m", "credit", *tomorrow(bare / "sbatch"))]))
     out = bare / "sbatch.log"
-    nodes = ["-N2", "--ntasks-per-node=1", "-n2", f"--output={out}"]
-    env = {**cluster.env(), "CREDIT_IMAGE": str(sif), "GLOO_SOCKET_IFNAME": "", "APPTAINER_USERNS": "1"}
-    words = [*nodes, "hpc/derecho.sh", CONFIG, *shorter(bare / "sbatch")]
-    done = cluster.sbatch(*words, env=env | ONE_THREAD, cwd=ROOT)
+    nodes = ["-N2", "--ntasks-per-node=1", "-n2", "--open-mode=append", f"--output={out}"]
+    done = cluster.sbatch(*nodes, "hpc/derecho.sh", CONFIG, *shorter(bare / "sbatch"), env=env, cwd=ROOT)
+    if done.returncode == 0:
+        done = cluster.sbatch(*nodes, "--wrap", wrapped, env=env, cwd=ROOT)
     return done, out.read_text()
+
+
+def tomorrow(folder: Path) -> list[str]:
+    """The words for a forecast from the newest state, by the run in a folder."""
+    return ["forecast", CONFIG, *shorter(folder), "--start", "latest", "--lead", "1d"]
 
 
 def submitted(sif: Path, bare: Path) -> str:
@@ -146,8 +164,10 @@ def _submitted(sif: Path, bare: Path, used_s: float) -> str:
 
 
 def under_srun(oci: str, bare: Path) -> subprocess.CompletedProcess:
-    env = {**cluster.env(), **lab.environment(), "GLOO_SOCKET_IFNAME": ""}
-    seen = ("--network", "host", "--env", "SLURM_*", "--env", "OMP_NUM_THREADS", "--volume", f"{bare}:{bare}")
+    env = {**cluster.env(), **lab.environment(), "GLOO_SOCKET_IFNAME": "", "CREDIT_SECRET": secrets.token_hex(16)}
+    # Containers have no file system in common, in which a secret could lie.
+    handed = [word for name in ("SLURM_*", "CREDIT_SECRET", "OMP_NUM_THREADS") for word in ("--env", name)]
+    seen = ("--network", "host", *handed, "--volume", f"{bare}:{bare}")
     words = ["-m", "credit", "train", CONFIG, *shorter(bare / "oci-srun")]
     return run("srun", "-N2", "--ntasks-per-node=1", *podman_run(oci, *seen, entrypoint="python"), *words, env=env)
 

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from credit.config import parse_config
 from credit.data.dataset import Fields, StepDataset
-from credit.data.prepare import load_fields_statistics, store_path, write_statistics
+from credit.data.prepare import load_fields_statistics, open_fields, write_statistics
 from credit.data.sampler import DataParallelSampler, Draw
 from credit.data.statistics import Statistics, origin_of
-from credit.data.store import FieldStore
 from credit.domain_parallel.partition import Partition
 from credit.errors import ConfigError, DataError
 from tests.stores import conf, dataset, write_zarr
@@ -81,14 +80,14 @@ def config(tmp_path):
 def fields_on(config, rows: range, **changes) -> Fields:
     from credit.data.prepare import load_fields_statistics
 
-    store = FieldStore(store_path(config))
+    store = open_fields(config)
     data = config.data.model_copy(update=changes)
     return Fields(config.model_copy(update={"data": data}), store, load_fields_statistics(config, store), rows)
 
 
 def test_statistics_are_the_area_weighted_ones_of_the_training_period(config) -> None:
     statistics = write_statistics(config)
-    store = FieldStore(store_path(config))
+    store = open_fields(config)
     truth = dataset().isel(time=slice(0, 24))
     weights = store.grid.latitude_weights()[:, None] / np.prod(store.grid.shape)
     for name in ("a", "b"):
@@ -118,14 +117,14 @@ def test_slabs_of_a_sample_are_the_cut_of_the_whole(config, in_memory) -> None:
 def test_a_sample_is_the_normalised_state_and_its_change(config) -> None:
     fields = fields_on(config, range(13))
     sample = StepDataset(fields, "train").__getitems__([Draw(2, 1.0)])
-    later = sample["x"][:, :2] + sample["y"][:, 0] * fields.increment_std
+    later = sample["x"][:, :2] + sample["y"][:, 0] * fields.unit
     truth = dataset()
     np.testing.assert_allclose(fields.physical(later)[0, 1], truth.b.values[3], atol=1e-4)
     np.testing.assert_allclose(fields.physical(sample["x"][:, :2])[0, 0], truth.a.values[2], atol=1e-5)
 
 
 def test_statistics_that_are_missing_or_of_other_channels_are_refused(config) -> None:
-    origin = origin_of(config.data, FieldStore(store_path(config)).grid)
+    origin = origin_of(config.data, open_fields(config).grid)
     with pytest.raises(DataError, match=r"no statistics of q: run `credit data stats CONFIG`"):
         Statistics.load(config.stats_path, ["a", "q"], [], origin)
     config.stats_path.write_bytes(b"")
@@ -151,11 +150,11 @@ def test_statistics_of_something_else_are_refused(config, change, said) -> None:
     raw = config.to_dict()
     other = parse_config({**raw, "data": {**raw["data"], **change}, "forecast": {"lead": "24h"}})
     with pytest.raises(DataError, match=said):
-        load_fields_statistics(other, FieldStore(store_path(other)))
+        load_fields_statistics(other, open_fields(other))
 
 
 def test_statistics_of_another_grid_or_without_a_usable_number_are_refused(config) -> None:
-    store = FieldStore(store_path(config))
+    store = open_fields(config)
     statistics = load_fields_statistics(config, store)
     replace(statistics, origin={**statistics.origin, "grid": "of others"}).save(config.stats_path)
     with pytest.raises(DataError, match="are of grid of others, not "):
@@ -166,9 +165,9 @@ def test_statistics_of_another_grid_or_without_a_usable_number_are_refused(confi
 
 
 def test_the_climatology_is_found_by_name_and_place(config) -> None:
-    store = FieldStore(store_path(config))
+    store = open_fields(config)
     statistics = load_fields_statistics(config, store)
-    names = [channel.name for channel in store.channels(config.data.variables, config.data.levels)]
+    names = [channel.name for channel in store.channels(config.data.predicted, config.data.levels)]
     turned = replace(statistics, climatology=statistics.climatology.isel(latitude=slice(None, None, -1)))
     places = {axis: turned.climatology[axis] + 2e-5 for axis in ("latitude", "longitude")}
     replace(turned, climatology=turned.climatology.assign_coords(places)).save(config.stats_path)

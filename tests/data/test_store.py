@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from credit.cli import main
 from credit.data.grid import Grid, cos_zenith
 from credit.data.prepare import SAMPLES
 from credit.data.store import FieldStore, static_fields
@@ -72,8 +73,14 @@ def test_bytes_read_from_the_store_fall_as_one_over_domain(tmp_path, kind, domai
     [
         (lambda d: d.drop_vars("latitude"), "has no latitude coordinate"),
         (lambda d: d.isel(longitude=slice(0, 8)), "longitudes must be regular and close the circle"),
-        (lambda d: d.assign_coords(latitude=np.r_[90, 91, np.linspace(70, -90, 11)]), "latitudes must run from pole"),
-        (lambda d: d.isel(time=[1, 0, 2]), "time must be ascending dates"),
+        (
+            lambda d: d.assign_coords(latitude=np.r_[90, 91, np.linspace(70, -90, 11)]),
+            "latitudes must be monotonic within -90..90",
+        ),
+        (
+            lambda d: d.isel(time=[1, 0, 2]),
+            "times must ascend: 2020-01-01T00:00 comes out of order, at 1 of 3, after 2020-01-01T06:00",
+        ),
     ],
 )
 def test_a_wrong_grid_is_refused(tmp_path, change, message) -> None:
@@ -140,3 +147,35 @@ def test_a_time_that_is_not_in_the_store_is_never_taken_for_its_neighbour(tmp_pa
     for late in (1, 24 * 30):
         with pytest.raises(DataError, match="has no time 2020-01-"):
             store.indices(store.times[:1] + np.timedelta64(late, "h"))
+
+
+def test_of_a_copy_in_chunks_of_latitudes_a_rank_reads_its_part(tmp_path, capsys) -> None:
+    """A store of one chunk a state, as they come, is decoded whole by each of four ranks."""
+    data = dataset(states=6, grid=(64, 128), levels=(500.0, 850.0))
+    turned = data.transpose("latitude", "level", "longitude", "time")
+    turned.to_netcdf(tmp_path / "turned.nc")
+    assert main(["data", "rechunk", str(tmp_path / "turned.nc"), str(tmp_path / "turned.zarr"), "--times", "4"]) == 0
+    with xr.open_zarr(tmp_path / "turned.zarr", consolidated=False) as copy:
+        xr.testing.assert_identical(copy.load(), data)
+    data.c[2, 1, 40, 5] = np.nan
+    data.to_zarr(tmp_path / "s.zarr", consolidated=False, encoding={"b": {"chunks": (1, 64, 128), "compressors": None}})
+    command = ["data", "rechunk", str(tmp_path / "s.zarr"), str(tmp_path / "copy.zarr"), "--times", "2"]
+    assert main(command) == 0
+    assert "copy.zarr: " in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir() if file.name.endswith("unfinished")] == []
+    with xr.open_zarr(tmp_path / "copy.zarr", consolidated=False) as copy:
+        xr.testing.assert_identical(copy.load(), data)
+        assert copy.b.encoding["chunks"] == (2, 4, 128)
+
+    def count(path: Path, rows: range) -> int:
+        store = FieldStore(path)
+        store.read(store.channels(["b"]), [0], range(1))
+        before = bytes_read()
+        store.read(store.channels(["b"]), [2, 3, 4, 5], rows)
+        return bytes_read() - before
+
+    whole, part = (count(tmp_path / name, range(16, 32)) for name in ("s.zarr", "copy.zarr"))
+    assert whole >= 4 * 64 * 128 * 4
+    assert part <= whole / 4 * 1.01
+    assert main(command) == 2
+    assert "copy.zarr exists: remove it" in capsys.readouterr().err

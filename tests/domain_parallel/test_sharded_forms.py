@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from credit.domain_parallel import verify_parity
+from credit.domain_parallel import convert_to_domain_parallel, get_domain_parallel_manager, shard_tensor, verify_parity
+from credit.domain_parallel.gathered import gathers_recorded
 from credit.domain_parallel.thread_ranks import thread_ranks
 from tests.domain_parallel import database
 
@@ -150,3 +151,19 @@ def test_an_entry_out_of_range_is_torchs_error_on_every_rank(func, given, axis: 
     assert isinstance(theirs.error, IndexError | RuntimeError)
     with thread_ranks(3) as world:
         assert database.verdict(world, call, 0, axis, theirs, 1e-9) == "exact"
+
+
+def gathered_in_half_precision() -> list[str]:
+    torch.manual_seed(0)
+    manager = get_domain_parallel_manager()
+    model = convert_to_domain_parallel(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 2)), manager)
+    x = shard_tensor(torch.randn(1, 3, 13, 8), -2, manager)
+    with torch.autocast("cpu", torch.bfloat16), gathers_recorded() as gathers:
+        model(x).float().sum().backward()
+    return [gather.call for gather in gathers]
+
+
+def test_autocast_gathers_nothing() -> None:
+    """Its operands are of two types, which torch's word on tensors without values does not know of."""
+    with thread_ranks(2) as world:
+        assert world.run(gathered_in_half_precision) == [[], []]

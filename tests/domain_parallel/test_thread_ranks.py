@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from credit.checks.parity import CutChannels
 from credit.domain_parallel import (
     convert_to_domain_parallel,
     get_domain_parallel_manager,
@@ -21,7 +22,6 @@ from credit.domain_parallel import (
 from credit.domain_parallel.groups import Alone, Messages, RankGroup
 from credit.domain_parallel.thread_ranks import DeadlockError, RankError, ring_sum, thread_ranks
 from credit.parallel.channels import ChannelGroup
-from credit.training.check import CutChannels
 from tests.domain_parallel import parity
 from tests.domain_parallel.operators import OPERATORS, C, W
 

@@ -180,10 +180,12 @@ def _address() -> str:
 
 
 def _kill(file: Path) -> None:
+    """End the daemon of this pid file, which it removes itself on its way out: read once."""
     try:
-        os.kill(int(file.read_text()), 15)
+        pid = int(file.read_text())
+        os.kill(pid, 15)
     except (OSError, ValueError):
         return
     deadline = time.monotonic() + 15
-    while Path(f"/proc/{file.read_text().strip() if file.exists() else 0}").exists() and time.monotonic() < deadline:
+    while file.exists() and Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)

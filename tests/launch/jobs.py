@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from credit.cli import main
 from credit.config import parse_config
@@ -85,10 +86,10 @@ def same_curve(base: Path, folder: Path) -> None:
 
 
 def weights(folder: Path, config: Path, options: list[str]) -> dict[str, torch.Tensor]:
-    path = folder / "weights.pt"
+    path = folder / "weights.safetensors"
     changes = ["--set", f"run={folder}", "--set", "trainer.parallelism.domain=1"]
     assert main(["export", str(config), str(path), *changes, *options]) == 0
-    return torch.load(path)
+    return load_file(path)
 
 
 def bitwise(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.launch import cluster
 from tests.launch.jobs import DEADLINE_S, PYTHON, ROOT, environment, ranks_of, run, state, steps_done, until
@@ -90,8 +92,7 @@ def goes_on(folder: Path, starts: int) -> None:
     before = steps_done(folder)
     resumed = starts - 1
     until(lambda: (folder / "job.log").read_text().count("resuming from") == resumed, "the job resumes")
-    until(lambda: steps_done(folder) > before, "more steps are done")
-    assert state(folder) == "running"
+    until(lambda: steps_done(folder) > before and state(folder) == "running", "more steps are done")
 
 
 def lose_a_rank(base: Path, folder: Path, how: signal.Signals) -> tuple[int, str]:
@@ -108,3 +109,57 @@ def lose_a_rank(base: Path, folder: Path, how: signal.Signals) -> tuple[int, str
     os.kill(second[0], how)
     code = job.wait(60)  # the peers' timeout, their roll call, and srun's wait: 10 + 10 + 3
     return code, (folder / "out").read_text()
+
+
+ODD = 'it\'s a "run"\nof $(touch evil) `touch evil`, task'
+"""The name of a run directory, but for the number of its task."""
+ARRAY = """#!/bin/bash
+exec bash hpc/generic_slurm.sh "${@//TASK/$SLURM_ARRAY_TASK_ID}"
+"""
+
+
+class Array(NamedTuple):
+    """What became of an array of two jobs, and of one that was handed in again in a way that fails."""
+
+    restarts: list[int]
+    log: str
+    broken: subprocess.CompletedProcess
+
+
+def run_an_array(base: Path, folder: Path) -> Array:
+    """Two tasks, each of 3 + 1 ranks on two nodes, into directories with quotes, blanks and line breaks in their names.
+
+    The last, whose number is also that of the array, is told to stop: it alone is put back, and goes on. What it had
+    saved until then is handed in once more, on 3 ranks, which do not divide into its mesh.
+    """
+    script = folder / "array.sh"
+    script.write_text(ARRAY)
+    runs = [folder / f"{ODD} {task}" for task in range(2)]
+    where = ["--array=0-1", "-N2", "-n4", "--distribution=plane=3", "--requeue", "--open-mode=append"]
+    run_key = json.dumps(f"{folder}/{ODD} TASK")
+    words = [script, base, "--set", f"run={run_key}", *SLOW]
+    done = run("sbatch", "--parsable", *where, f"--output={folder}/%a.log", *words, CREDIT_TEST_STEP_S="1")
+    assert done.returncode == 0, done.stdout
+    job = done.stdout.strip()
+    until(lambda: steps_done(runs[1]) > 2, "steps are done")
+    run("scancel", "--signal=USR2", f"{job}_1")
+    until(lambda: state(runs[1]) == "stopped", "the task has saved")
+    shutil.copytree(runs[1], folder / "broken")
+    until(lambda: all(state(one) == "finished" for one in runs), "both tasks are done")
+    until(lambda: is_gone(job), "the jobs are gone", seconds=60)
+    restarts = [_restarts(f"{job}_{task}") for task in range(2)]
+    return Array(restarts, "".join((folder / f"{task}.log").read_text() for task in range(2)), _broken(base, folder))
+
+
+def _broken(base: Path, folder: Path) -> subprocess.CompletedProcess:
+    """With the status of a run that was stopped. If it goes in circles it does not end, and this fails."""
+    where = ["-N1", "-n3", "--ntasks-per-node=3", f"--output={folder}/broken.log"]
+    words = ["hpc/generic_slurm.sh", str(base), "--set", f"run={folder}/broken"]
+    done = run("sbatch", *where, *words, timeout=120)
+    done.stdout = (folder / "broken.log").read_text()
+    return done
+
+
+def _restarts(job: str) -> int:
+    told = run("scontrol", "-o", "show", "job", job).stdout
+    return int(next(part for part in told.split() if part.startswith("Restarts=")).removeprefix("Restarts="))

@@ -18,9 +18,10 @@ import torch
 import xarray as xr
 import yaml
 
-from credit import cli
+from credit import boundary
 from credit.config import parse_config
 from credit.data.prepare import write_statistics
+from credit.parallel.checkpoint import list_checkpoints
 from tests.stores import conf, dataset, write_zarr
 
 DEADLINE_S = 240
@@ -40,6 +41,7 @@ def start_ranks(config: Path, size: int, *more: str) -> tuple[list[int], list[st
         for rank, file in enumerate(files):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
             env = {**{name: str(value) for name, value in place.items()}, "MASTER_PORT": str(port)}
+            env["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")  # the forkserver has its own
             process = _context.Process(target=_credit, args=(["train", str(config), *more], env, file))
             process.start()
             processes.append(process)
@@ -55,9 +57,10 @@ def _credit(arguments: list[str], env: dict[str, str], errors: Path) -> None:
     """`python -m credit`, in this process."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # see tests.ranks
     os.environ.update(env)
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-    cli.SILENT_S = 0  # it leaves the others time to speak before a launcher ends them, and there is none
+    boundary.SILENT_S = 0  # it leaves the others time to speak before a launcher ends them, and there is none
     torch.set_num_threads(1)
     sys.argv = ["credit", *arguments]
     runpy.run_module("credit", run_name="__main__", alter_sys=True)
@@ -91,7 +94,7 @@ def test_an_unknown_key_and_a_wrong_type(raw, tmp_path) -> None:
     raw["trainer"]["batch_size"] = "many"
     said = refused(*start_ranks(written(raw, tmp_path), 2))
     assert "config.yaml: " in said
-    assert "unknown key trainer.learning_rat; did you mean 'learning_rate'?" in said
+    assert "trainer.learning_rat: unknown key; did you mean 'learning_rate'?" in said
     assert "trainer.batch_size: input should be a valid integer" in said
     assert "got 'many'" in said
 
@@ -103,7 +106,7 @@ def test_a_world_that_does_not_divide(raw, tmp_path) -> None:
 
 def test_replicas_that_nothing_would_join(raw, tmp_path) -> None:
     said = refused(*start_ranks(written(raw, tmp_path), 4))
-    assert "4 ranks make 2 replicas, which trainer.parallelism.data: none would train apart" in said
+    assert "4 ranks make 2 replicas, which data: none would train apart" in said
 
 
 def test_a_missing_store(raw, tmp_path) -> None:
@@ -115,7 +118,7 @@ def test_a_missing_store(raw, tmp_path) -> None:
 def test_a_config_that_one_host_has_not(raw, tmp_path) -> None:
     """Ranks that see different files: here rank 1 is given another directory."""
     said = refused(*start_ranks(tmp_path / "elsewhere.yaml", 2))
-    assert "cannot read the config" in said
+    assert "elsewhere.yaml: cannot be read: No such file or directory" in said
 
 
 def test_nan_in_the_rows_of_one_rank(raw, tmp_path) -> None:
@@ -128,15 +131,55 @@ def test_nan_in_the_rows_of_one_rank(raw, tmp_path) -> None:
     assert "s.zarr: b is nan at 2020-01-03T06:00, latitude -90, longitude 112.5" in said
 
 
+def own_model(raw: dict, directory: Path, body: str, monkeypatch) -> Path:
+    """A model of the user's own, in a file that the ranks import."""
+    (directory / "their_model.py").write_text(
+        "import torch.distributed as dist\nfrom torch import nn\n\nclass Net(nn.Conv2d):\n"
+        f"    def __init__(self, inputs, outputs, grid):\n        super().__init__(inputs, outputs, 1)\n{body}"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(directory))
+    raw["model"] = {"name": "their_model.Net"}
+    return directory / "their_model.py"
+
+
+def test_a_model_that_raises_on_one_rank(raw, tmp_path, monkeypatch) -> None:
+    """Rank 0 says it for all, with the line and the file that rank 1 has left."""
+    body = "        if dist.get_rank() == 1:\n            raise KeyError('odd')\n"
+    file = own_model(raw, tmp_path, body, monkeypatch)
+    codes, errors = start_ranks(written(raw, tmp_path), 2)
+    assert codes == [1, 1], errors
+    said = [line for text in errors for line in text.splitlines() if line.startswith("credit: error: ")]
+    assert len(said) == 1, errors
+    assert f"building the model failed on rank 1: KeyError: 'odd' ({file}:8, in __init__)" in said[0]
+    assert f"the traceback is in {tmp_path}/run/error-rank1.txt" in said[0]
+    assert "KeyError: 'odd'" in (tmp_path / "run" / "error-rank1.txt").read_text()
+    assert not any("Traceback" in text for text in errors), errors
+
+
+def test_a_model_that_raises_in_a_step_is_said_once(raw, tmp_path, monkeypatch) -> None:
+    """On all ranks alike, where none knows of the others."""
+    body = "        self.calls = 0\n    def forward(self, x):\n        self.calls += 1\n"
+    body += "        if self.calls > 12:\n            raise ZeroDivisionError\n        return super().forward(x)\n"
+    file = own_model(raw, tmp_path, body, monkeypatch)
+    codes, errors = start_ranks(written(raw, tmp_path), 2)
+    said = [line for text in errors for line in text.splitlines() if line.startswith("credit: error: ")]
+    assert codes == [1, 1], errors
+    assert len(said) == 1, errors
+    assert f"ZeroDivisionError ({file}:11, in forward); the traceback is in {tmp_path}/run/error-rank" in said[0]
+    assert not any("Traceback" in text for text in errors), errors
+
+
 def test_a_truncated_checkpoint(raw, tmp_path) -> None:
     codes, errors = start_ranks(written(raw, tmp_path), 2)
     assert codes == [0, 0], errors
-    newest = tmp_path / "run" / "checkpoints" / "step-00000010"
-    file = sorted(newest.glob("*.distcp"))[-1]
-    size = file.stat().st_size
-    os.truncate(file, size // 2)
+    for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints"):
+        file = sorted(checkpoint.glob("*.distcp"))[-1]
+        size = file.stat().st_size
+        os.truncate(file, size // 2)
     said = refused(*start_ranks(written(raw, tmp_path), 2))
-    assert f"{newest} is damaged: {file.name} has {size // 2} bytes of {size}. Remove {newest.parent} to" in said
+    assert checkpoint.name == "step-00000010"
+    assert f"{checkpoint} is damaged: {file.name} has {size // 2} bytes of {size}" in said
+    assert f"Remove {checkpoint.parent} to start again" in said
 
 
 def test_a_run_directory_of_another_config(raw, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from itertools import pairwise
 
 import pytest
@@ -90,7 +91,7 @@ def test_what_cannot_be_true_together_is_refused(env, message) -> None:
 
 def test_a_claim_knows_its_node() -> None:
     (claim,) = claims({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "3,1", "SLURM_NODEID": "0"})
-    assert (claim.local_size, claim.first_host, claim.job) == (3, "n0", "7.0.0")
+    assert (claim.local_size, claim.first_host, claim.job) == (3, "n0", "0.7.0.0")
 
 
 @pytest.mark.parametrize(
@@ -181,3 +182,34 @@ def test_two_jobs_do_not_write_into_one_run_directory(tmp_path, monkeypatch) -> 
     (tmp_path / "file").touch()
     with pytest.raises(LaunchError, match="the run directory cannot be written"), status.claimed(tmp_path / "file"):
         pass
+
+
+ODD = (
+    *(None, "", "x", "-1", "1.5", "9999999999", "\u0663", "\u00b2"),
+    "1" * 5000,
+    "n[0-",
+    "n[1-x]",
+    "[",
+    ",",
+    "2(x9999999)",
+)
+
+
+@pytest.mark.parametrize("env", [TORCHRUN, SRUN, HYDRA, PALS, LOCAL, {**TORCHRUN, **SRUN}], ids=range(6))
+def test_odd_variables_are_refused_in_words_or_harmless(env) -> None:
+    """Each variable of each launcher, missing or odd: a place that can be, or words that name a way out."""
+    for name in env:
+        for value in ODD:
+            given = {**env, name: value} if value is not None else {key: env[key] for key in env if key != name}
+            said = ""
+            try:
+                claim = choose(given)
+            except LaunchError as error:
+                said, claim = str(error), choose({**given, "CREDIT_LAUNCHER": "single"})
+            assert 0 <= claim.rank < max(claim.size, 1), (name, value, claim)
+            assert not said or re.search("CREDIT_LAUNCHER|start|unset|give", said), (name, value, said)
+
+
+def test_a_rank_beyond_the_world_is_of_another_start() -> None:
+    with pytest.raises(LaunchError, match="srun says that this is rank 3 of 2"):
+        choose({**SRUN, "SLURM_STEP_NUM_TASKS": "2"})

@@ -57,23 +57,23 @@ def test_a_dry_run_shows_the_script_and_imports_no_torch() -> None:
         "CREDIT_STOP_AT",
     ):
         assert line in done.stdout
-    assert '--cpu-bind=cores shifter --module=gpu,nccl-plugin --image="c.sif" python -u -m submitit' in done.stdout
+    assert "--cpu-bind=cores shifter '--module=gpu,nccl-plugin' --image=c.sif python -u -m submitit" in done.stdout
 
 
 def test_a_container_engine_is_an_option_of_srun() -> None:
     text = submit("configs/quickstart.yaml", site="alps", container="credit.toml", dry_run=True)
     assert isinstance(text, str)
-    assert "--wait=60 --environment=credit.toml python -u -m submitit.core._submit" in text
-    assert "[ $? != 75 ] || scontrol requeue $SLURM_JOB_ID' EXIT" in text
-    assert 'srun --wait=60 "${container[@]}" "${credit[@]}" train' in (HPC / "alps.sh").read_text()
+    assert "--wait=60 --kill-on-bad-exit=0 --environment=credit.toml python -u -m submitit.core._submit" in text
+    assert '[ $? != 75 ] || scontrol requeue "$job"\' EXIT' in text
+    assert 'srun --wait=60 --kill-on-bad-exit=0 "${container[@]}" "${credit[@]}" train' in (HPC / "alps.sh").read_text()
 
 
 def test_pbs_is_shown_with_its_command() -> None:
     text = submit("configs/quickstart.yaml", site="derecho", nodes=3, account="p", changes=["run=r"], dry_run=True)
     assert isinstance(text, str)
-    assert text.startswith("# qsub -A p -v")
+    assert text.startswith("# qsub -A p <<'EOF'")
     assert "#PBS -l select=3:ncpus=64:ngpus=4:mpiprocs=4" in text
-    assert "--set run=r" in text
+    assert "job --set run=r\n" in text
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,9 @@ def test_pbs_is_shown_with_its_command() -> None:
     [
         ({"site": "derehco"}, "there is no site 'derehco'; known: alps, derecho, frontier"),
         ({"site": "derecho", "ranks_per_node": 3}, "3 ranks do not divide into replicas"),
+        ({"site": "derecho", "nodes": -1}, "nodes: is -1, and must be a whole number from 1"),
+        ({"site": "derecho", "nodes": True}, "nodes: is True, and must be a whole number from 1"),
+        ({"site": "derecho", "walltime": "12:99:00"}, "the time of the job is wrong: walltime: "),
     ],
 )
 def test_what_cannot_run_is_not_handed_in(given, message) -> None:

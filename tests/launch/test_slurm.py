@@ -5,6 +5,7 @@ What the tests look at is run ahead of them, several jobs at a time.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -32,7 +33,7 @@ from tests.launch.jobs import (
     weights,
     write_base,
 )
-from tests.launch.stories import LONG, STEPS, lose_a_rank, reach_the_time_limit, suffer, train
+from tests.launch.stories import LONG, ODD, STEPS, lose_a_rank, reach_the_time_limit, run_an_array, suffer, train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 AT_A_TIME = 5
@@ -144,17 +145,21 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str]] = {
 SHORT = ["sbatch", "-N1", "-n2", "--time=1", "--output=OUT", "hpc/generic_slurm.sh", *OPTIONS]
 
 
+NAME = 'it\'s a "run", of $(touch evil)'  # all that an #SBATCH line can carry
+
+
 def submitted_from_python(site: str, place: Place) -> CompletedProcess:
     """By a process that never imports torch, as on a login node."""
+    folder = f"{place.folder}/{NAME}"
     code = (
         "import sys; from credit.launch import submit\n"
         f"s = submit({str(place.base)!r}, site={site!r}, nodes={2 if site != 'local' else 1},\n"
-        f"    ranks_per_node={2 if site != 'local' else 4}, changes=['run={place.folder}/run'])\n"
+        f"    ranks_per_node={2 if site != 'local' else 4}, changes={[f'run={json.dumps(folder)}']})\n"
         "assert 'torch' not in sys.modules\n"
         "print(s, flush=True)\n"
         "import time; end = time.time() + 150\n"
         "from pathlib import Path\n"
-        f"status = Path('{place.folder}/run/status.json')\n"
+        f"status = Path({folder!r}, 'status.json')\n"
         "finished = lambda: status.exists() and 'finished' in status.read_text()\n"
         "failed = lambda: list(Path(s.log.parent).glob('*_result.pkl')) and not finished()\n"
         "while time.time() < end and not finished() and not failed(): time.sleep(0.5)\n"
@@ -198,6 +203,7 @@ def work(long: Long) -> Work:
     return {
         "time limit": lambda place: reach_the_time_limit(*place, startup_s=long.startup_s),
         "requeue, crash, cancel": lambda place: suffer(*place),
+        "array": lambda place: run_an_array(*place),
         "SIGSTOP": lambda place: lose_a_rank(*place, how=signal.SIGSTOP),
         "SIGKILL": lambda place: lose_a_rank(*place, how=signal.SIGKILL),
         **{way: partial(command, words) for way, words in WAYS.items()},
@@ -240,7 +246,7 @@ def test_every_launcher_gives_the_curve_of_one_process(found) -> None:
 def test_a_job_submitted_from_python(found) -> None:
     assert found.result.returncode == 0
     assert re.search(r"job \d+, log /.*_log.out", found.result.stdout)
-    same_curve(found.place.base, found.place.folder / "run")
+    same_curve(found.place.base, found.place.folder / NAME)
 
 
 @of(*REFUSED)
@@ -254,7 +260,9 @@ def test_what_cannot_be_true_is_refused(found, request) -> None:
 def test_the_layout_of_a_cyclic_job_is_that_of_a_block(found) -> None:
     block, cyclic = found.result
     assert block == cyclic
-    rows = [line.split() for line in block.splitlines()[1:]]
+    network, _, *table = block.splitlines()
+    assert re.fullmatch(r"credit: network: n0 at (\S+) \((\S+)\), n1 at \1 \(\2\)", network)
+    rows = [line.split() for line in table]
     assert rows == [[str(r), f"n{r // 2}", "cpu", str(r // 2), "0", str(r % 2)] for r in range(4)]
 
 
@@ -292,6 +300,35 @@ def test_a_time_limit_in_mid_epoch(found, long) -> None:
 def test_what_is_put_back_crashes_and_is_cancelled_ends_with_the_weights_of_the_undisturbed(found, long) -> None:
     assert "resuming from" in found.result
     assert bitwise(weights(found.place.folder, found.place.base, LONG), long.weights)
+
+
+def hosts_of_stopped_tasks(log: str) -> dict[int, str]:
+    """By what srun says of them."""
+    placed = {}
+    for host, tasks in re.findall(r"srun: error: (\w+): tasks? ([\d,-]+): Exited with exit code 75", log):
+        for part in tasks.split(","):
+            first, _, last = part.partition("-")
+            placed |= dict.fromkeys(range(int(first), int(last or first) + 1), host)
+    return placed
+
+
+@of("array")
+def test_tasks_of_an_array_with_odd_names_go_on_one_by_one(found) -> None:
+    """And each is the curve of one process, on 3 + 1 ranks."""
+    assert found.result.restarts == [0, 1]
+    placed = hosts_of_stopped_tasks(found.result.log)
+    assert placed[0] == placed[1] == placed[2] != placed[3]
+    for task in range(2):
+        same_curve(found.place.base, found.place.folder / f"{ODD} {task}")
+    assert not [path for path in (ROOT, found.place.folder) if (path / "evil").exists()]
+
+
+@of("array")
+def test_a_job_that_fails_before_its_first_step_ends_though_an_earlier_run_was_stopped(found) -> None:
+    assert state(found.place.folder / "broken") == "stopped"
+    assert found.result.broken.returncode == 2
+    assert found.result.broken.stdout.count("credit: error: ") == 1
+    assert "3 ranks do not divide into replicas" in found.result.broken.stdout
 
 
 def test_mpi_is_there() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from credit.checks.parity import place_in
 from credit.domain_parallel.parity import verify_parity_at
 from credit.models import DOMAIN_CONVERTERS, MODELS
-from credit.training.check import place_in
 from tests.parallel import curves
 
 DOMAINS = [(1, 2), (1, 3), (1, 4), (2, 1), (2, 2)]

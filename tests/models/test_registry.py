@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from credit.cli import main
 from credit.config import load_config, parse_config
@@ -63,8 +64,8 @@ def test_every_verb_works_with_a_class_of_ones_own(own, capsys) -> None:
     assert main(["train", str(own)]) == 0
     assert "my_models.Net: 664 parameters" in capsys.readouterr().out
     assert main(["forecast", str(own)]) == 0
-    assert main(["export", str(own), str(own.with_name("weights.pt"))]) == 0
-    weights = torch.load(own.with_name("weights.pt"))
+    assert main(["export", str(own), str(own.with_name("weights.safetensors"))]) == 0
+    weights = load_file(own.with_name("weights.safetensors"))
     build_model(load_config(own).model, 5, 2, (13, 16)).load_state_dict(weights)
 
 

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from credit.config import parse_config
 from credit.data.prepare import write_statistics
+from credit.evaluation.forecast import forecast
 from credit.launch.job import start_job
 from credit.models import build_model
-from credit.training.forecast import forecast
 from credit.training.train import TrainingRun, train
 from tests.stores import conf, dataset, write_zarr
 

@@ -133,7 +133,7 @@ def curve(name: str, given: dict[str, Any]) -> dict[str, Any]:
         norms.append(float(clip_grad_norm_(model.parameters(), 0.3)))
         optimizer.step()
         optimizer.zero_grad()
-        ema.update()
+        ema.update(step + 1)
         losses.append(float(all_sum(loss)) / given["trainer"]["parallelism"]["tensor"])
     return {
         "losses": torch.tensor(losses),

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from credit.errors import CreditError, DataError
+from credit.errors import CreditError, DataError, UnforeseenError
 from credit.models.unet import UNet
 from credit.parallel import (
     apply_fsdp2,
@@ -48,11 +48,12 @@ def test_an_error_of_all_ranks_is_said_once(worlds) -> None:
     assert [str(error) for error in caught.value.errors.values()] == ["no such file"] * 3
 
 
-def test_an_unexpected_error_keeps_its_type_where_it_happened_and_is_told_to_peers(worlds) -> None:
+def test_an_unexpected_error_is_told_to_peers_with_its_type_and_place(worlds) -> None:
     with pytest.raises(RankError) as caught:
         worlds(2).run(fail_on, [0], ZeroDivisionError)
-    assert isinstance(caught.value.errors[0], ZeroDivisionError)
-    assert "reading failed on rank 0: ZeroDivisionError: no such file" in str(caught.value.errors[1])
+    for error in caught.value.errors.values():
+        assert type(error) is UnforeseenError
+        assert f"reading failed on rank 0: ZeroDivisionError: no such file ({__file__}:" in str(error)
 
 
 def test_no_failure_is_no_failure(worlds) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -21,13 +22,16 @@ from tests.parallel.curves import CHANNELS, HEIGHT, WIDTH, Transformer, conf
 def test_the_average_is_the_sum_of_the_weights_with_decaying_shares() -> None:
     model = nn.Linear(3, 2).double()
     seen = [model.weight.detach().clone()]
-    ema = EMA(model, 0.9)
-    for step in range(4):
+    ema = EMA(model, 0.5)
+    for step in range(1, 13):
         with torch.no_grad():
-            model.weight.add_(step + 1.0)
+            model.weight.add_(float(step))
         seen.append(model.weight.detach().clone())
-        ema.update()
-    shares = [0.9**4, *(0.1 * 0.9 ** (4 - i) for i in range(1, 5))]
+        ema.update(step)
+    decays = [*((1 + step) / (10 + step) for step in range(1, 9)), *[0.5] * 4]  # 9 / 18 at step 8
+    shares = [math.prod(decays), *((1 - decays[i]) * math.prod(decays[i + 1 :]) for i in range(12))]
+    assert sum(shares) == pytest.approx(1, rel=1e-14)
+    assert shares[0] < 1e-4  # of the initial weights
     wanted = sum(share * weight for share, weight in zip(shares, seen, strict=True))
     torch.testing.assert_close(ema.average["weight"], wanted, rtol=1e-14, atol=0)
 
@@ -41,11 +45,11 @@ def outputs(given: dict) -> tuple[float, float]:
     x = torch.randn(2, CHANNELS, HEIGHT, WIDTH, dtype=torch.float64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     ema = EMA(model, 0.5)
-    for _ in range(2):
+    for step in range(1, 3):
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        ema.update()
+        ema.update(step)
 
     def error(values: dict) -> float:
         weights = {name: whole(value).detach() for name, value in in_pieces(model, values).items()}

@@ -81,10 +81,10 @@ def test_replicas_that_nothing_joins_are_refused(worlds) -> None:
     ("block", "message"),
     [
         ({"domian": 2}, "did you mean 'domain'"),
-        ({"data": "zero3"}, "'zero3', not one of fsdp2, ddp, none"),
-        ({"tensor": 0}, "trainer.parallelism.tensor must be an integer of at least 1, got 0"),
-        ({"domain": 2.0}, "trainer.parallelism.domain must be an integer"),
-        ({"domain": True}, "trainer.parallelism.domain must be an integer"),
+        ({"data": "zero3"}, "trainer.parallelism.data: input should be 'fsdp2', 'ddp' or 'none', got 'zero3'"),
+        ({"tensor": 0}, "trainer.parallelism.tensor: input should be greater than or equal to 1, got 0"),
+        ({"domain": 2.0}, "trainer.parallelism.domain: input should be a valid integer"),
+        ({"domain": True}, "trainer.parallelism.domain: input should be a valid integer"),
     ],
 )
 def test_a_bad_block_is_refused_by_its_dotted_name(block: dict, message: str) -> None:

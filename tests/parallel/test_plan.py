@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from credit.checks.plan import plan
 from credit.config import load_config
+from credit.config.parallelism import Sharding
 from credit.domain_parallel import DomainParallelManager
 from credit.errors import ConfigError
 from credit.models import DOMAIN_CONVERTERS
@@ -17,8 +19,7 @@ from credit.models.unet import UNet
 from credit.parallel import build_device_mesh, parallelize, reduce_gradients, shard_spatial
 from credit.parallel.mesh import MeshShape
 from credit.parallel.meters import Wire
-from credit.parallel.plan import Planner, StepCost
-from credit.training.plan import plan
+from credit.parallel.plan import Planner, StepCost, Work
 from credit.training.rollout import changes
 
 FIELD, OUT, BATCH = (8, 32, 64), 6, 4
@@ -33,7 +34,12 @@ def conf(data: str, tp: int, domain: int, **more: Any) -> dict[str, Any]:
 
 
 def planned(name: str, given: dict[str, Any], shape: MeshShape) -> StepCost:
-    return Planner(BUILD[name], FIELD, given, DOMAIN_CONVERTERS).cost(shape)
+    return Planner(BUILD[name], FIELD, Sharding.of(given), work(given), DOMAIN_CONVERTERS).cost(shape)
+
+
+def work(given: dict[str, Any]) -> Work:
+    trainer = given["trainer"]
+    return Work(trainer["batch_size"], trainer.get("rollout", 1), trainer.get("rollout_detach", False))
 
 
 def allocated(name: str, given: dict[str, Any], dp: int) -> tuple[int, ...]:
@@ -50,7 +56,7 @@ def allocated(name: str, given: dict[str, Any], dp: int) -> tuple[int, ...]:
         x = shard_spatial(whole, manager).clone()
         targets = torch.zeros_like(x[:, None]).repeat(1, steps, 1, 1, 1)
         batch = {"x": x, "y": targets, "forcings": targets[:, 1:, :0]}
-        made = changes(model, batch, torch.ones(OUT, 1, 1), detach=False)
+        made = changes(model, batch, (OUT, 1), torch.ones(OUT, 1, 1), detach=False)
         sum((y - target[:, :OUT]).square().mean() for y, target in zip(made, targets.unbind(1), strict=True)).backward()
         reduce_gradients(model, mesh, given)
 
@@ -157,9 +163,12 @@ def test_what_is_gathered_is_said_and_counted_and_refused_on_request() -> None:
     assert len(said) == 1
     assert "torch.linalg.svdvals has no sharded form; " in said[0]
     more, less = (
-        Planner(lambda rows, kind=kind: kind(*FIELD[:1], OUT, (rows, FIELD[2])), FIELD, conf("ddp", 1, 2)).cost(
-            MeshShape(1, 1, 2)
-        )
+        Planner(
+            lambda rows, kind=kind: kind(*FIELD[:1], OUT, (rows, FIELD[2])),
+            FIELD,
+            Sharding.of(conf("ddp", 1, 2)),
+            Work(BATCH),
+        ).cost(MeshShape(1, 1, 2))
         for kind in (Ranked, UNet)
     )
     half = 4 * BATCH * FIELD[1] * FIELD[2] // 2

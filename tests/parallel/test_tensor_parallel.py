@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrizations
 
+from credit.checks.parity import place_in
 from credit.domain_parallel import DomainParallelError, DomainParallelManager, convert_to_domain_parallel, shard_tensor
 from credit.domain_parallel.thread_ranks import RankError as ThreadRankError
 from credit.domain_parallel.thread_ranks import ThreadWorld, thread_ranks
@@ -22,7 +23,6 @@ from credit.models.attention import AxialAttention, GlobalAttention, WindowAtten
 from credit.models.transformer import ConvMLP, WindowTransformer
 from credit.parallel.collectives import local
 from credit.parallel.tensor_parallel import TensorParallelError, apply_tensor_parallel
-from credit.training.check import place_in
 from tests.domain_parallel.parity import check, relative
 from tests.ranks import RankError
 

@@ -9,13 +9,12 @@ import numpy as np
 
 from credit.config import parse_config
 from credit.data.dataset import Fields
-from credit.data.prepare import load_fields_statistics, store_path, write_statistics
-from credit.data.store import FieldStore
+from credit.data.prepare import load_fields_statistics, open_fields, write_statistics
+from credit.evaluation.export import export
 from credit.launch.job import start_job
 from credit.parallel.checkpoint import get_model_state_dict
 from credit.parallel.pieces import in_pieces, whole
 from credit.training import train as training
-from credit.training.export import export
 from tests.stores import conf, dataset, write_zarr
 
 
@@ -82,7 +81,15 @@ def interrupted(raw: dict[str, Any], at: int) -> None:
         training.TrainingRun.train_step = real
 
 
+def same_rest(found: tuple, whole: tuple) -> None:
+    """(losses, weights) of a run that went on are those of the whole one, to the rounding of float64."""
+    (rest, values), (losses, weights) = found, whole
+    np.testing.assert_allclose(rest, losses[-len(rest) :], rtol=1e-8)
+    for name, value in weights.items():
+        np.testing.assert_allclose(values[name], value, rtol=1e-6, atol=1e-8, err_msg=name)
+
+
 def fields_of(raw: dict[str, Any], rows: range = range(13)) -> Fields:
     config = parse_config(raw)
-    store = FieldStore(store_path(config))
+    store = open_fields(config)
     return Fields(config, store, load_fields_statistics(config, store), rows)

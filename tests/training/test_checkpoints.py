@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from credit.errors import CreditError
 from credit.launch.job import Job
@@ -68,8 +69,8 @@ def test_writing_in_the_background_gives_the_same_checkpoints(worlds, transforme
     transformer["trainer"]["checkpoint_async"] = False
     states = []
     for name in ("at once", "later"):
-        exported(on(transformer, tmp_path / name, "none", 1), tmp_path / "weights.pt")
-        states.append(torch.load(tmp_path / "weights.pt", weights_only=True))
+        exported(on(transformer, tmp_path / name, "none", 1), tmp_path / "weights.safetensors")
+        states.append(load_file(tmp_path / "weights.safetensors"))
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
@@ -152,7 +153,7 @@ def test_the_last_two_checkpoints_are_kept_and_partial_ones_ignored(runs, tmp_pa
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_and_reaches_no_weight(raw) -> None:
-    raw["trainer"].update(learning_rate=1e30, clip=None, dtype="float32")
+    raw["trainer"].update(learning_rate=1e6, clip=None, dtype="float32")
     with pytest.raises(
         CreditError, match=r"the norm of the gradient is (nan|inf) at step \d+, of .*change the weights"
     ):

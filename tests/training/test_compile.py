@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from credit.config import parse_config
+from credit.domain_parallel.recorded import Recording
 from credit.errors import ConfigError, CreditError
 from credit.launch.job import start_job
 from credit.parallel.fsdp2 import compile_blocks
@@ -97,11 +98,59 @@ def test_real_code_is_generated_and_gives_the_same_numbers(raw, tmp_path) -> Non
     assert torch._dynamo.utils.counters["inductor"]
 
 
+@pytest.mark.parametrize("how", ["compile", "record"])
 @pytest.mark.parametrize("axis", ["tensor", "domain"])
-def test_meshes_that_cut_the_model_are_refused(raw, tmp_path, axis: str) -> None:
-    given = compiled(raw, parallelism={"data": "none", axis: 2})
-    with pytest.raises(ConfigError, match=f"trainer: compile has nothing to gain with parallelism.{axis}: 2"):
-        parse_config(given)
+def test_fsdp2_of_a_model_that_is_cut_is_refused(raw, axis: str, how: str) -> None:
+    raw["trainer"] |= {how: True, "parallelism": {"data": "fsdp2", axis: 2}}
+    with pytest.raises(
+        ConfigError, match=f"trainer: {how} with parallelism.{axis}: 2 records what the whole model does"
+    ):
+        parse_config(raw)
+
+
+RECORDED = {
+    "none": (2, 2, 1, {"accumulate": 2}),
+    "ddp": (4, 2, 1, {"rollout": 2}),
+    "channels": (4, 2, 2, {"accumulate": 2, "rollout": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "none" else pytest.param(name, marks=pytest.mark.slow) for name in RECORDED]
+)
+def test_a_recorded_run_is_the_eager_run(worlds, raw, tmp_path, name: str) -> None:
+    """To the last bit, averaged weights and validation too."""
+    size, domain, tensor, more = RECORDED[name]
+    raw["trainer"].update(more)
+    data = "ddp" if name == "ddp" else "none"
+    eager = worlds(size).run(curve, on(raw, tmp_path / "eager", data, domain, tensor))
+    given = on(raw, tmp_path / "recorded", data, domain, tensor)
+    given["trainer"]["record"] = True
+    assert worlds(size).run(recorded_curve, given) == eager
+
+
+def recorded_curve(raw: dict) -> tuple:
+    replays: list[object] = []
+    real = Recording.__call__
+    Recording.__call__ = lambda self, leaves: (replays.append(self), real(self, leaves))[1]  # type: ignore[method-assign]
+    try:
+        found = curve(raw)
+    finally:
+        Recording.__call__ = real  # type: ignore[method-assign]
+    assert len(replays) > 3
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [("ddp", 2, 1), ("none", 1, 2)], ids=str)
+def test_a_compiled_run_of_a_cut_model_is_the_eager_run(worlds, raw, tmp_path, mesh: tuple) -> None:
+    data, domain, tensor = mesh
+    losses, valid, norms = curve(on(raw, tmp_path / "plain", "none", 1))
+    given = compiled(on(raw, tmp_path / "compiled", data, domain, tensor))
+    for found in worlds(2).run(recorded_curve, given, timeout=1500):
+        assert found[0] == pytest.approx(losses, rel=1e-9, abs=0)
+        assert found[1] == pytest.approx(valid, rel=1e-9, abs=0)
+        assert found[2] == pytest.approx(norms, rel=1e-8, abs=0)
 
 
 def test_blocks_that_are_run_again_are_refused(raw) -> None:

@@ -12,15 +12,16 @@ import pytest
 import torch
 import xarray as xr
 
-from credit.config import parse_config
+from credit.checks.parity import model_shape
+from credit.config import Loss, parse_config
+from credit.config.parallelism import Sharding
 from credit.errors import CheckpointError, ConfigError
+from credit.evaluation.forecast import forecast, roll_out
 from credit.launch.job import start_job
 from credit.layout import MeshShape
 from credit.models import DOMAIN_CONVERTERS
 from credit.models.unet import UNet
-from credit.parallel.plan import Planner
-from credit.training.check import model_shape
-from credit.training.forecast import forecast, roll_out
+from credit.parallel.plan import Planner, Work
 from credit.training.noise import Noise
 from credit.training.train import TrainingRun
 from tests.ranks import RankError
@@ -179,9 +180,12 @@ def test_what_is_checked_and_planned_has_the_noise_too(raw) -> None:
 
 
 def test_a_plan_counts_members_as_samples() -> None:
-    def cost(batch: int, **loss: object):
-        trainer = {"parallelism": {"data": "ddp", "tensor": 1, "domain": 2}, "batch_size": batch, "loss": loss}
+    def cost(batch: int, members: int):
+        sharding = Sharding(parallelism={"data": "ddp", "domain": 2})
         build = lambda rows: UNet(4, 3, (rows, 24), width=8, levels=1)  # noqa: E731
-        return Planner(build, (4, 25, 24), {"trainer": trainer}, DOMAIN_CONVERTERS).cost(MeshShape(2, 1, 2))
+        return Planner(build, (4, 25, 24), sharding, Work(batch, members=members), DOMAIN_CONVERTERS).cost(
+            MeshShape(2, 1, 2)
+        )
 
-    assert cost(4, kind="crps", members=3) == cost(12, kind="mse", members=3)
+    assert cost(4, members=3) == cost(12, members=1)
+    assert [Loss(kind=kind, members=3).ensemble for kind in ("crps", "mse")] == [3, 1]

@@ -19,11 +19,11 @@ from credit.config import parse_config
 from credit.data.store import FieldStore
 from credit.domain_parallel import DomainParallelManager, shard_tensor
 from credit.errors import CreditError
+from credit.evaluation import forecast as forecasting
+from credit.evaluation.forecast import Chunk
+from credit.evaluation.score import score
 from credit.launch.job import start_job
 from credit.layout import MeshShape
-from credit.training import forecast as forecasting
-from credit.training.forecast import Chunk
-from credit.training.score import score
 from tests.stores import dataset
 from tests.training.runs import curve, on, small
 

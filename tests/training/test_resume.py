@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -17,17 +18,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from credit.config import parse_config
 from credit.data.prepare import write_statistics
 from credit.errors import CreditError, Stopped
 from credit.launch import job as jobs
 from credit.launch.job import sole_writer, start_job
-from credit.launch.stop import stop_requests
 from credit.layout import Seat
 from credit.models.transformer import WindowTransformer
 from credit.parallel.checkpoint import list_checkpoints
 from credit.status import read_status
+from credit.stop import stop_requests
 from credit.training import train as training
 from tests.ranks import RankError
 from tests.training.runs import curve, exported, interrupted, losses_and_weights, on, small, with_transformer
@@ -129,6 +131,51 @@ def test_signals_on_one_rank_stop_all_after_saving(worlds, raw, of_two, tmp_path
     assert read_status(tmp_path)[1] == 0
 
 
+def stopped_before(raw: dict) -> tuple[int, str]:
+    """With a request on rank 0 before anything is done; the exit code, and what is said."""
+    with stop_requests() as request, start_job(lambda: parse_config(raw)) as job:
+        if job.is_first:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        with pytest.raises(Stopped) as caught:
+            training.train(job, request)
+    return caught.value.exit_code, str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["demo", "era5-sample"])
+def test_a_signal_while_data_or_statistics_are_made_stops_all_ranks(worlds, raw, tmp_path, path) -> None:
+    given = on(raw, tmp_path / "run", "none", 2)
+    given["data"] = {**raw["data"], "path": path, "variables": ["u500"] if path == "demo" else ["t2m"], "statics": []}
+    given["data"] |= {"stats": None, "train": ["2026-03-25", "2026-03-29"], "gaps": "skip", "step": "7h"}
+    given["data"] |= {"valid": ["2026-03-29", "2026-03-30"], "test": ["2026-03-30", "2026-04-01"]}
+    given["forecast"] = {"lead": "7h"}
+    for code, said in worlds(2).run(stopped_before, given):
+        assert code == 75
+        what = {"demo": "demo weather", "era5-sample": "statistics"}[path]
+        assert re.match(rf"by SIGUSR2, \d+ of \d+ into {what} -> .*: the same command begins that anew", said)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def removed_between(raw: dict) -> None:
+    """Rank 0 removes the run directory after three steps."""
+    real = training.TrainingRun.train_step
+
+    def step(self, batch, number):
+        if number == 3 and self.job.is_first:
+            shutil.rmtree(raw["run"])
+        return real(self, batch, number)
+
+    training.TrainingRun.train_step = step
+    try:
+        curve(raw)
+    finally:
+        training.TrainingRun.train_step = real
+
+
+def test_a_run_directory_that_is_removed_ends_its_run(worlds, raw, tmp_path) -> None:
+    with pytest.raises(RankError, match=r"was removed while this job ran, with its checkpoints"):
+        worlds(2).run(removed_between, on(raw, tmp_path / "run", "none", 2))
+
+
 def stopped_in_validation(raw: dict) -> list[str]:
     """The last rank gets a signal when the second epoch's validation reads its first batch; what the log holds."""
     real = training.TrainingRun.shares_of_loss
@@ -196,7 +243,7 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def half(worlds, tmp_path_factory) -> tuple[dict, Path, list[float], dict[str, np.ndarray]]:
-    """A run of six steps that dies in its fourth on (2, 2, 2), and the losses and weights of the serial one."""
+    """A run of six steps that dies in its third on (2, 2, 2), and the losses and weights of the serial one."""
     folder = tmp_path_factory.mktemp("half")
     given = with_transformer(small(folder))
     given["data"]["train"] = ["2020-01-01", "2020-01-04 06:00"]  # three steps an epoch
@@ -204,7 +251,7 @@ def half(worlds, tmp_path_factory) -> tuple[dict, Path, list[float], dict[str, n
     write_statistics(parse_config(given))
     losses, weights = losses_and_weights(on(given, folder / "whole", "none", 1))
     size, data, domain, tensor = MESHES["2x2x2"]
-    worlds(size).run(interrupted, on(given, folder / "cut", data, domain, tensor), 3)
+    worlds(size).run(interrupted, on(given, folder / "cut", data, domain, tensor), 2)
     return given, folder / "cut", losses, weights
 
 
@@ -232,22 +279,22 @@ def test_weights_leave_as_the_plain_models_and_come_back(worlds, half, tmp_path)
     cut = tmp_path / "cut"
     shutil.copytree(begun, cut)
     size, data, domain, tensor = MESHES["2x2x2"]
-    worlds(size).run(exported, on(transformer, cut, data, domain, tensor), tmp_path / "mesh.pt")
-    exported(on(transformer, cut, "none", 1), tmp_path / "single.pt")
-    ours, theirs = (torch.load(tmp_path / name, weights_only=True) for name in ("mesh.pt", "single.pt"))
+    worlds(size).run(exported, on(transformer, cut, data, domain, tensor), tmp_path / "mesh.safetensors")
+    exported(on(transformer, cut, "none", 1), tmp_path / "single.safetensors")
+    ours, theirs = (load_file(tmp_path / name) for name in ("mesh.safetensors", "single.safetensors"))
     plain = WindowTransformer(5, 2, (13, 16), width=16, depth=2, heads=4, window=2, ratio=2)
     assert ours.keys() == plain.state_dict().keys()
     for name, value in theirs.items():
         assert torch.equal(ours[name], value), name
         assert ours[name].shape == plain.state_dict()[name].shape
-    trainer = {**transformer["trainer"], "epochs": 1, "init_from": str(tmp_path / "mesh.pt")}
+    trainer = {**transformer["trainer"], "epochs": 1, "init_from": str(tmp_path / "mesh.safetensors")}
     started = on({**transformer, "trainer": trainer}, tmp_path / "b", "none", 1)
     alone, *_ = curve(started)
     for losses, *_ in worlds(size).run(curve, on(started, tmp_path / "c", data, domain, tensor)):
         assert losses == pytest.approx(alone, rel=1e-8)
     assert alone[0] < whole_losses[0]
     started["model"] = {**started["model"], "width": 8}
-    with pytest.raises(CreditError, match=r"mesh.pt does not hold this model's weights: .*size mismatch"):
+    with pytest.raises(CreditError, match=r"mesh.safetensors does not hold this model's weights: .*has the shape"):
         curve(on(started, tmp_path / "e", "none", 1))
     started["trainer"]["init_from"] = str(tmp_path / "nothing.pt")
     with pytest.raises(CreditError, match=r"cannot read the weights .*nothing.pt: No such file"):

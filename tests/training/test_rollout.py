@@ -8,13 +8,13 @@ import torch
 import yaml
 from torch import Tensor
 
+from credit.checks.preflight import preflight
 from credit.config import parse_config
 from credit.data.dataset import StepDataset
 from credit.data.sampler import Draw
 from credit.errors import DataError
+from credit.evaluation.forecast import roll_out
 from credit.launch.job import start_job
-from credit.training.forecast import roll_out
-from credit.training.preflight import preflight
 from credit.training.rollout import changes
 from credit.training.train import TrainingRun, train
 from tests.training.runs import curve, fields_of, on, small, with_transformer
@@ -43,7 +43,7 @@ def test_a_perfect_model_is_given_the_true_state_and_forcings_of_every_step(raw)
         before = batch["y"][:, len(given) - 2] if len(given) > 1 else 0
         return batch["y"][:, len(given) - 1] - before
 
-    made = torch.stack(list(changes(perfect, batch, fields.increment_std, detach=False)), dim=1)
+    made = torch.stack(list(changes(perfect, batch, (2, 1), fields.unit, detach=False)), dim=1)
     torch.testing.assert_close(made, batch["y"], rtol=0, atol=1e-6)
     for step, inputs in enumerate(given):
         times = dataset.starts[[4, 0]] + step
@@ -53,12 +53,12 @@ def test_a_perfect_model_is_given_the_true_state_and_forcings_of_every_step(raw)
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_the_gradient_is_that_of_the_formula(detach) -> None:
-    """For the model a x, in units where increment_std is 1: after n steps x (1 + a)^n, of which the change."""
+    """For the model a x, in units where that of change is 1: after n steps x (1 + a)^n, of which the change."""
     x, a = 1.5, torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
     batch = {name: torch.zeros(1, n, 1, 1, 1, dtype=torch.float64) for name, n in (("y", STEPS), ("forcings", 2))}
     batch["forcings"] = batch["forcings"][:, :, :0]
     batch["x"] = torch.full((1, 1, 1, 1), x, dtype=torch.float64)
-    total = sum(changes(lambda inputs: a * inputs, batch, torch.ones(1, 1, 1, dtype=torch.float64), detach))
+    total = sum(changes(lambda inputs: a * inputs, batch, (1, 1), torch.ones(1, 1, 1, dtype=torch.float64), detach))
     total.backward()
     growth = 1 + a.item()
     assert total.item() == pytest.approx(sum(x * growth**n - x for n in (1, 2, 3)), rel=1e-12)
@@ -75,7 +75,7 @@ def test_the_validation_loss_is_that_of_the_forecasts(raw) -> None:
         states = roll_out(trained.model, fields, starts, STEPS, job.device, torch.float64)
         area = torch.from_numpy(fields.store.grid.latitude_weights())[:, None]
         errors = [
-            ((state - fields.state((starts + step + 1).tolist())) / fields.increment_std).square()
+            ((state - fields.state((starts + step + 1).tolist())) / fields.unit).square()
             for step, state in enumerate(states)
         ]
     assert trained.valid_loss == pytest.approx(float((torch.stack(errors) * area).mean()), rel=1e-5)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from credit.cli import _show_scores
+from credit.commands.score import show as show_scores
 from credit.config import parse_config
 from credit.data.prepare import write_statistics
 from credit.data.store import FieldStore
-from credit.training.score import FIELDS, FORECASTS, Scores, score, zonal_power
+from credit.evaluation.score import FIELDS, FORECASTS, Scores, score, zonal_power
 from tests.pictures import assert_not_blank
 from tests.ranks import RankError
 from tests.stores import conf, dataset, write_zarr
@@ -192,7 +192,7 @@ def test_of_one_state_the_crps_is_the_absolute_error_and_there_is_no_spread(raw,
 
 def test_what_is_shown_of_an_ensemble(ensemble, of_ensemble, capsys) -> None:
     config, found = parse_config(ensemble), of_ensemble
-    _show_scores(config, found)
+    show_scores(config, found)
     table = capsys.readouterr().out.splitlines()
     assert table[0].endswith("CRPS model persistence   spread")
     assert f"{found.crps[0, 3, 0]:.4g}" in table[2]
@@ -230,7 +230,7 @@ def test_ranks_that_share_the_starts_get_the_scores_of_one(worlds, raw, found) -
 
 def test_what_is_shown(raw, found, capsys) -> None:
     config = parse_config(raw)
-    _show_scores(config, found)
+    show_scores(config, found)
     table, made = capsys.readouterr().out.rstrip().rsplit("\n", 1)
     assert len(table.splitlines()) == 1 + 3 * 2  # the first lead, and a day
     assert f"{found.bias[0, 3, 2]:.2g}" in table

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from credit.checks.preflight import preflight
 from credit.config import parse_config
 from credit.errors import ConfigError
 from credit.launch.job import start_job
 from credit.training.log import refuse_missing_tensorboard
-from credit.training.preflight import preflight
 from credit.training.profile import Profile
 from credit.training.train import train
 from tests.ranks import RankError
@@ -70,7 +70,7 @@ def curve_without(raw: dict) -> None:
 
 
 def test_all_ranks_stop_where_it_is_not_installed(worlds, raw, tmp_path) -> None:
-    with pytest.raises(RankError, match=r"is not installed: pip install 'credit-hpc\[tracking\]'") as caught:
+    with pytest.raises(RankError, match=r"is not installed; pip install 'credit-hpc\[tracking\]'") as caught:
         worlds(2).run(curve_without, on(raw, tmp_path / "run", "none", 2))
     assert len(caught.value.errors) == 2
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from credit.domain_parallel.slab import ASKS, Slab, getter, is_slab, refuse, register_rule, torch_functions
+from credit.domain_parallel.torch_private import torch_function_off
 
 
 def asked(*names: str) -> Callable[[Callable], Callable]:
@@ -71,7 +72,7 @@ for _name in ("is_pinned", "is_shared", "requires_grad_", "retain_grad"):
 def _of_rows(x: Slab, answer: Any) -> Any:
     if not isinstance(answer, torch.Tensor):
         return answer
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch_function_off():
         torch.Tensor.requires_grad_(x, answer.requires_grad)
     return x
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from credit.domain_parallel.reshard import cut_along, whole
-from credit.domain_parallel.rules.pointwise import align
-from credit.domain_parallel.rules.reductions import axis_of
-from credit.domain_parallel.rules.views import rows_at
+from credit.domain_parallel.rules.axes import axis_of
+from credit.domain_parallel.rules.elementwise import align
+from credit.domain_parallel.rules.reshape import rows_at
 from credit.domain_parallel.slab import Declined, Slab, is_slab, rule
 
 

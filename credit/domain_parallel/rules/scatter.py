@@ -16,9 +16,8 @@ from torch import Tensor
 
 from credit.domain_parallel.binding import bind
 from credit.domain_parallel.reshard import AllSum, cut_along, own, reshard, whole
-from credit.domain_parallel.rules.along import back
-from credit.domain_parallel.rules.pointwise import lead
-from credit.domain_parallel.rules.reductions import axis_of
+from credit.domain_parallel.rules.axes import axis_of, back
+from credit.domain_parallel.rules.elementwise import lead
 from credit.domain_parallel.slab import Declined, Slab, is_slab, register_rule, rule, torch_functions
 from credit.domain_parallel.storage import assign, windows_overlap
 

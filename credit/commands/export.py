@@ -1,0 +1,24 @@
+"""credit export: weights for others."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from credit.bounds import file
+from credit.commands.verb import add_verb, load
+
+
+def add(verbs: Any) -> None:
+    parser = add_verb(verbs, "export", run, "write the weights as one plain state dict, safetensors")
+    parser.add_argument(
+        "path", type=file, help="the file to write, *.safetensors; for trainer.init_from, or anything else"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from credit.evaluation.export import export
+    from credit.launch.job import start_job
+
+    with start_job(lambda: load(arguments)) as job:
+        export(job, arguments.path)

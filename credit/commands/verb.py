@@ -1,0 +1,51 @@
+"""What verbs share: a config, and changes of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from credit.boundary import leave_tracebacks_in
+
+
+def add_verb(
+    verbs: Any, name: str, run: Callable[[argparse.Namespace], int | None], summary: str, examples: str = ""
+) -> argparse.ArgumentParser:
+    """A verb that takes a config.
+
+    Args:
+        run: of the arguments; gives the exit code.
+    """
+    parser = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter if examples else argparse.HelpFormatter,
+    )
+    parser.add_argument("config", help="a YAML config, see configs/")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a value of the config, as in --set trainer.epochs=2; may be given again",
+    )
+    parser.set_defaults(verb=run)
+    return parser
+
+
+def load(arguments: argparse.Namespace) -> Any:
+    from credit.config import load_config
+
+    config = load_config(arguments.config, arguments.set)
+    leave_tracebacks_in(config.run)
+    return config
+
+
+def refuse_contradictions() -> None:
+    """Before torch is imported, which takes seconds."""
+    from credit.launch.ranks import choose
+
+    choose()

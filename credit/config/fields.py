@@ -1,0 +1,124 @@
+"""Kinds of values in a config, with their bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, date, datetime, time
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from credit.bounds import (
+    FIRST_YEAR,
+    LARGEST,
+    LARGEST_VALUE,
+    LAST_YEAR,
+    MOST,
+    MOST_CHANNELS,
+    MOST_HOURS,
+    MOST_LAYERS,
+    MOST_PROCESSES,
+    MOST_STEPS,
+)
+
+
+class OfTheRun:
+    """Marks a key that makes a run what it is: with another value none may resume or forecast from its checkpoints."""
+
+
+OF_THE_RUN = OfTheRun()
+
+
+class Block(BaseModel):
+    """A part of a config: unknown keys are refused, and nothing changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Count = Annotated[int, Field(strict=True, ge=1, le=MOST)]
+"""Strict: neither true nor 1.0 nor "1" is 1."""
+CountOrNone = Annotated[int, Field(strict=True, ge=0, le=MOST)]
+Steps = Annotated[int, Field(strict=True, ge=1, le=MOST_STEPS)]
+StepsOrNone = Annotated[int, Field(strict=True, ge=0, le=MOST_STEPS)]
+Layers = Annotated[int, Field(strict=True, ge=1, le=MOST_LAYERS)]
+LayersOrNone = Annotated[int, Field(strict=True, ge=0, le=MOST_LAYERS)]
+Channels = Annotated[int, Field(strict=True, ge=1, le=MOST_CHANNELS)]
+EvenChannels = Annotated[int, Field(strict=True, ge=2, le=MOST_CHANNELS, multiple_of=2)]
+Halvings = Annotated[int, Field(strict=True, ge=0, le=16)]
+Processes = Annotated[int, Field(strict=True, ge=1, le=MOST_PROCESSES)]
+ProcessesOrNone = Annotated[int, Field(strict=True, ge=0, le=MOST_PROCESSES)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Positive = Annotated[float, Field(strict=True, gt=0, le=LARGEST)]
+NotNegative = Annotated[float, Field(strict=True, ge=0, le=LARGEST)]
+Real = Annotated[float, Field(strict=True, ge=-LARGEST, le=LARGEST)]
+Value = Annotated[float, Field(strict=True, ge=-LARGEST_VALUE, le=LARGEST_VALUE)]
+Flag = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
+"""A name or a path: one line, of something."""
+
+
+def _is_text(given: Any) -> Any:
+    if given == "" or (isinstance(given, str) and "\0" in given):
+        raise ValueError(f"{given!r} is no name of a file")
+    return given
+
+
+File = Annotated[Path, BeforeValidator(_is_text)]
+"""A name of a file may hold anything else, line breaks too."""
+
+
+Paths = Annotated[list[Text], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+"""Several, or one alone."""
+
+
+def parse_moment(given: Any) -> datetime:
+    """A time in UTC, as stores have them; without a zone it is that. Numbers are none: seconds since 1970?
+
+    Raises:
+        ValueError: if it is no time of this calendar, or one that stores cannot hold.
+    """
+    try:
+        moment = given if isinstance(given, datetime) else datetime.fromisoformat(given)
+    except (ValueError, TypeError):
+        if type(given) is not date:
+            raise ValueError(f"{given!r} is no date; write it like 2020-01-31 or 2020-01-31T06") from None
+        moment = datetime.combine(given, time())
+    if not FIRST_YEAR <= moment.year <= LAST_YEAR:
+        raise ValueError(f"{moment} is not within the years {FIRST_YEAR} to {LAST_YEAR}")
+    return moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
+
+
+Moment = Annotated[datetime, BeforeValidator(parse_moment)]
+Period = tuple[Moment, Moment]
+
+
+def parse_hours(value: Any) -> int:
+    """Hours of "6h" or "5d"."""
+    text = str(value).strip()
+    unit, digits = {"h": 1, "d": 24}.get(text[-1:]), text[:-1]
+    if unit is None or not (digits.isascii() and digits.isdigit() and len(digits) < 20 and int(digits)):
+        raise ValueError(f'{value!r} is not a duration; write hours or days, like "6h" or "5d"')
+    if int(digits) * unit > MOST_HOURS:
+        raise ValueError(f"{value!r} is longer than {MOST_HOURS} hours")
+    return int(digits) * unit
+
+
+Hours = Annotated[int, BeforeValidator(parse_hours)]
+
+
+def refuse_flag(given: Any) -> Any:
+    if isinstance(given, bool):
+        raise ValueError(f"{given} is no number")
+    return given
+
+
+def or_dotted(known: Sequence[str]) -> AfterValidator:
+    """Of a string: one of these names, or the dotted path of something of the user's own."""
+
+    def check(name: str) -> str:
+        if name not in known and "." not in name:
+            raise ValueError(f"{name!r} is neither one of {', '.join(known)} nor a dotted path")
+        return name
+
+    return AfterValidator(check)

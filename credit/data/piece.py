@@ -1,0 +1,320 @@
+"""One store of those that make up a data set: under one set of names, read by latitude rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from credit.data.grid import Grid
+from credit.data.opening import GRIB, AbsentChunk, chunk_of, open_dataset
+from credit.data.shared import SharedReads
+from credit.errors import DataError
+
+AXES = {
+    "latitude": ("latitude", "degrees_north", ("latitude", "lat")),
+    "longitude": ("longitude", "degrees_east", ("longitude", "lon")),
+    "time": ("time", "", ("valid_time", "time")),
+    "level": ("air_pressure", "", ("level", "pressure_level", "isobaricInhPa", "plev", "lev", "pressure")),
+}
+"""Of each axis its CF standard name and units, and the names that stores in the field use for it."""
+
+ROUNDED = ((np.timedelta64(1, "h"), np.timedelta64(60, "s")), (np.timedelta64(1, "m"), np.timedelta64(5, "s")))
+"""Times are taken to whole hours, or minutes, if all are so close to one: days as floating-point numbers miss them."""
+
+NO_FIELD = 9e36
+"""netCDF's fill value of floats is 9.97e36, and is not always declared."""
+
+
+class Piece:
+    """A zarr store or netCDF file of global fields.
+
+    Args:
+        path: or address.
+        missing: what to take in place of missing values of some variables: a number, or NaN where it says mask.
+        region: of a part of the globe.
+
+    Attributes:
+        path: where it is.
+        grid: the latitude-longitude grid.
+        times: datetime64[ns], ascending; None if it has no time.
+        notes: what was taken otherwise than it stands in the store, in words.
+        variables: names of all, with their axes.
+        shared: with the ranks of this node that read the same but for the rows, if there are any.
+
+    Raises:
+        DataError: if the store is missing, cannot be opened, or has no such axes.
+    """
+
+    def __init__(self, path: str, missing: Mapping[str, Any] | None = None, region: bool = False) -> None:
+        self.path, self._missing = path, missing or {}
+        self.shared: SharedReads | None = None
+        dataset = self.dataset
+        try:
+            self.grid = Grid(dataset.latitude.values, dataset.longitude.values, region)
+            self.times: np.ndarray | None = None
+            self.notes: list[str] = []
+            if "time" in dataset.dims:
+                self.times, self.notes = ascending_times(dataset["time"])
+        except DataError as error:
+            raise DataError(f"{self.path}: {error}") from None
+        self.variables = {str(name): tuple(map(str, array.dims)) for name, array in dataset.data_vars.items()}
+
+    @cached_property
+    def dataset(self) -> xr.Dataset:
+        """Opened at the first use, under the names of `AXES`."""
+        dataset = open_dataset(self.path, self._missing)
+        for axis in AXES:
+            dataset = _with_axis(dataset, axis, self.path)
+        return dataset
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open files: whoever gets this opens them again, at the first read."""
+        return {name: value for name, value in self.__dict__.items() if name != "dataset"}
+
+    def attributes(self, variable: str) -> dict[str, Any]:
+        """CF attributes of a variable, of Python's own types."""
+        attributes = self.dataset[variable].attrs.items()
+        return {str(key): one.tolist() if isinstance(one, np.generic | np.ndarray) else one for key, one in attributes}
+
+    @cached_property
+    def levels(self) -> np.ndarray:
+        """As the store numbers them."""
+        levels = self.dataset["level"].values
+        if not np.issubdtype(levels.dtype, np.number):
+            raise DataError(f"{self.path}: the levels are {levels.dtype}, not numbers: {levels[:4].tolist()}")
+        return levels
+
+    def has_level(self, level: float) -> bool:
+        return bool(np.isclose(self.levels, level, rtol=1e-5).any())
+
+    def read(self, name: str, levels: Sequence[float | None], times: Sequence[int], rows: range) -> np.ndarray:
+        """Fields at some times: float32, (time, level, row, longitude). Reads `rows` and no others.
+
+        Args:
+            levels: [None] for a variable without.
+
+        Raises:
+            DataError: if a chunk was never written or is damaged, or at the first value that is not finite.
+        """
+        field = self._one_field(name)
+        index = [int(np.abs(self.levels - level).argmin()) for level in levels if level is not None]
+        dims = [dim for dim in ("time", "level", "latitude", "longitude") if dim in field.dims]
+
+        def decode(rows: range) -> np.ndarray:
+            places = {"time": list(times), "level": index, "latitude": slice(rows.start, rows.stop)}
+            selection = field.isel({dim: place for dim, place in places.items() if dim in dims})
+            return selection.transpose(*dims).values.astype(np.float32)
+
+        try:
+            if self.shared is not None and self.shared.is_worth_it(self._rows_per_chunk(name)):
+                values = self.shared.read((self.path, name, index, list(times)), decode, rows)
+            else:
+                values = decode(rows)
+        except AbsentChunk as error:
+            raise DataError(self._about_chunk(name, error.key)) from None
+        except Exception as error:  # whatever a damaged file does to netCDF, a codec or an object store
+            raise DataError(f"{self.path}: cannot read {name}: {' '.join(str(error).split())[:400]}") from None
+        values = values if "level" in dims else np.expand_dims(values, -3)
+        values = values if "time" in dims else np.broadcast_to(values, (len(times), *values.shape))
+        if name not in self._missing:
+            self._refuse_unwritten(name, values, rows)
+        bad = ~(np.abs(values) < NO_FIELD)
+        if bad.any():
+            if name not in self._missing:
+                self._refuse_not_finite(name, values, bad, levels, times, rows)
+            instead = self._missing[name]
+            values = np.where(bad, np.float32(np.nan if instead == "mask" else instead), values)
+        return values
+
+    def _one_field(self, name: str) -> xr.DataArray:
+        """Without axes of length 1 that are of no interest here (an ensemble's number, expver)."""
+        array = self.dataset[name]
+        others = [dim for dim in array.dims if dim not in AXES]
+        for dim in others:
+            if array.sizes[dim] > 1:
+                raise DataError(
+                    f"{self.path}: {name} has {array.sizes[dim]} fields along {dim}: choose one (xarray: "
+                    f"dataset.isel({dim}=0)) and write that"
+                )
+        lacking = [dim for dim in ("latitude", "longitude") if dim not in array.dims]
+        if lacking:
+            raise DataError(f"{self.path}: {name} has the dimensions {array.dims}, and no {lacking[0]}")
+        return array.isel(dict.fromkeys(others, 0), drop=True)
+
+    def _rows_per_chunk(self, name: str) -> int:
+        """Latitudes that are decoded at once."""
+        array = self.dataset[name]
+        if self.path.endswith(GRIB):
+            return self.grid.shape[0]
+        sizes = array.encoding.get("chunks") or array.encoding.get("chunksizes")  # neither where they lie side by side
+        return 1 if sizes is None else sizes[array.dims.index("latitude")]
+
+    def _refuse_unwritten(self, name: str, values: np.ndarray, rows: range) -> None:
+        """A chunk within a shard may be absent, too: then all of it is the fill value."""
+        encoding = self.dataset[name].encoding
+        if "absent" not in encoding:
+            return
+        sizes = dict(zip(self.dataset[name].dims, encoding["chunks"], strict=True))
+        filled = values == encoding["absent"]
+        for axis, places, dim in ((-2, rows, "latitude"), (-1, range(values.shape[-1]), "longitude")):
+            begins = [i for i, place in enumerate(places) if i == 0 or place % sizes.get(dim, len(places)) == 0]
+            filled = np.logical_and.reduceat(filled, begins, axis=axis)
+        if filled.any():
+            raise DataError(
+                f"{self.path}: {name} has a chunk within a shard that holds nothing but the fill value, "
+                f"{encoding['absent']:g}: it was never written. If it is what it should be, give it in data.missing"
+            )
+
+    def _about_chunk(self, name: str, key: str) -> str:
+        array = self.dataset[name]
+        chunk = chunk_of(key, array.encoding, array.shape)
+        where = key
+        if chunk is not None:
+            where = ", ".join(f"{dim} {at.start}..{at.stop - 1}" for dim, at in zip(array.dims, chunk, strict=True))
+            if "time" in array.dims and self.times is not None:
+                where += f" (from {when(self.times[chunk[array.dims.index('time')].start])} on)"
+        return (
+            f"{self.path}: {name} has a chunk that was never written, {where}, which would be read as the fill value: "
+            f"write it; or, if it is all fill value, give that or mask in data.missing"
+        )
+
+    def _refuse_not_finite(
+        self,
+        name: str,
+        values: np.ndarray,
+        bad: np.ndarray,
+        levels: Sequence[float | None],
+        times: Sequence[int],
+        rows: range,
+    ) -> None:
+        time, level, row, column = np.argwhere(bad)[0]
+        at_level = "" if levels[level] is None else f" at level {levels[level]:g}"
+        at_time = "" if self.times is None else f" at {when(self.times[times[time]])}"
+        raise DataError(
+            f"{self.path}: {name}{at_level} is {values[time, level, row, column]:g}{at_time}, latitude "
+            f"{self.grid.latitude[rows[row]]:g}, longitude {self.grid.longitude[column]:g} ({bad.sum()} such values in "
+            f"what was read): say what to take in their place in data.missing, or leave the variable out"
+        )
+
+
+def piece_of(path: str, missing: Mapping[str, Any] | None = None) -> Piece:
+    """A piece of the globe, or else of a region.
+
+    Raises:
+        DataError: if it is neither: why it is not of the globe.
+    """
+    try:
+        return Piece(path, missing)
+    except DataError as error:
+        try:
+            return Piece(path, missing, region=True)
+        except DataError:
+            raise error from None
+
+
+def _with_axis(dataset: xr.Dataset, axis: str, path: str) -> xr.Dataset:
+    standard, units, names = AXES[axis]
+    known = {str(name): values for name, values in dataset.coords.items()}
+    named = [name for name in names if name in known]
+    for name, values in known.items():
+        if values.attrs.get("standard_name") == standard or (units and values.attrs.get("units") == units):
+            named.append(name)
+    found = next((name for name in dict.fromkeys(named) if known[name].ndim == 1), None)
+    if found is None:
+        if axis in ("level", "time"):  # one that a field has is missed when it is read
+            return dataset
+        curved = next((name for name in named if known[name].ndim == 2), None)
+        if curved is not None:
+            raise DataError(
+                f"{path}: {curved} has the dimensions {known[curved].dims}: the grid is not of latitudes and "
+                f"longitudes. Regrid the store to one that is (with xesmf, or cdo remapbil)"
+            )
+        raise DataError(f"{path} has no {axis} coordinate along an axis; it has {', '.join(known) or 'none'}")
+    (dimension,) = known[found].dims
+    if dimension != found:
+        dataset = dataset.swap_dims({dimension: found})
+    if axis in ("latitude", "longitude") and known[found].attrs.get("units", "").startswith("radian"):
+        values = np.rad2deg(dataset[found].values.astype(np.float64))
+        dataset = dataset.assign_coords({found: values})
+    if found == axis:
+        return dataset
+    # Another coordinate may have the name: a scalar `time` beside `valid_time` is when a forecast began.
+    return dataset.drop_vars(axis, errors="ignore").rename({found: axis})
+
+
+def ascending_times(time: xr.DataArray) -> tuple[np.ndarray, list[str]]:
+    """Times as datetime64[ns], and what was done to them, in words.
+
+    Raises:
+        DataError: if they are no dates of the standard calendar, or are not ascending, saying where.
+    """
+    times = time.values
+    notes: list[str] = []
+    calendar = getattr(times[0], "calendar", None) if times.dtype == object and len(times) else None
+    if calendar in ("noleap", "365_day"):  # all of whose dates there are
+        times = np.array([one.isoformat() for one in times], dtype="datetime64[ns]")
+        notes.append(f"the calendar {calendar} has no 29 February: set data.gaps: skip, to leave out steps across it")
+    elif calendar is not None:
+        raise DataError(
+            f"its calendar is {calendar}, and steps and the sun's place are counted in the standard one: "
+            f"convert it (xarray: dataset.convert_calendar('standard')), and set data.gaps: skip"
+        )
+    if not np.issubdtype(times.dtype, np.datetime64):
+        raise DataError(f"time holds {times.dtype}, not dates: its units must be like 'hours since 1970-01-01'")
+    if np.isnat(times).any():
+        raise DataError(f"time number {int(np.isnat(times).argmax())} is missing")
+    times = times.astype("datetime64[ns]")
+    for unit, near in ROUNDED:
+        half = unit.astype("timedelta64[ns]") // 2
+        whole = (times + half).astype(f"datetime64[{np.datetime_data(unit)[0]}]").astype(times.dtype)
+        apart = abs(times - whole).max(initial=np.timedelta64(0))
+        if apart <= near:
+            if apart > np.timedelta64(0):
+                odd = int((times != whole).argmax())
+                seconds = apart / np.timedelta64(1, "s")
+                notes.append(
+                    f"times are up to {seconds:.3g} seconds off: {when(times[odd])} was taken as {when(whole[odd])}"
+                )
+                times = whole
+            break
+    back = np.flatnonzero(np.diff(times) <= np.timedelta64(0))
+    if len(back):
+        first = int(back[0])
+        word = "twice" if times[first] == times[first + 1] else "out of order"
+        raise DataError(
+            f"times must ascend: {when(times[first + 1])} comes {word}, at {first + 1} of {len(times)}, after "
+            f"{when(times[first])} (xarray: dataset.sortby('time').drop_duplicates('time'))"
+        )
+    return times, notes
+
+
+UNITS = {"kelvin": "K", "degrees_kelvin": "K", "celsius": "degC", "pascal": "Pa", "meters": "m", "metres": "m"}
+"""Other words for units, of those that stores in the field use."""
+
+
+def same_units(one: str, other: str) -> bool:
+    """True unless two `units` attributes say something different: "m s**-1" and "m/s" do not, and nothing does not."""
+    return not one or not other or _plain_units(one) == _plain_units(other)
+
+
+def _plain_units(units: str) -> list[str]:
+    """Factors with their exponents, in order of name: "kg/m^2" is ["kg", "m-2"]."""
+    factors = []
+    for number, part in enumerate(units.replace("**", "").replace("^", "").split("/")):
+        for factor in part.replace("*", " ").replace(".", " ").split():
+            factor = UNITS.get(factor.lower(), factor)
+            if number:
+                name = factor.rstrip("0123456789-")
+                factor = f"{name}-{factor[len(name) :] or 1}"
+            factors.append(factor)
+    return sorted(factor for factor in factors if factor != "1")
+
+
+def when(time: np.datetime64) -> str:
+    """To the minute, or the second if there are any."""
+    whole = time == time.astype("datetime64[m]")
+    return str(np.datetime_as_string(time, "m" if whole else "s"))
