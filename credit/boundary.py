@@ -52,6 +52,10 @@ def bounded(verb: Callable[[], int | None]) -> int:
             word = "stopped" if isinstance(ours, Stopped) else "error"
             with suppress(OSError, ValueError):  # there is nowhere to say it
                 print(f"credit: {word}: {ours}", file=sys.stderr, flush=True)
+            if _is_of_this_rank(error):
+                from credit.launch.failure import let_others_ask
+
+                let_others_ask(ours.what)
         else:
             time.sleep(SILENT_S)
         return ours.exit_code
@@ -136,8 +140,13 @@ def _speaks(error: BaseException, ours: CreditError) -> bool:
 
     if getattr(error, "speaks", None) is not None:
         return error.speaks  # type: ignore[attr-defined]
-    if not isinstance(error, (CreditError, *_for_users())) and "torch.distributed" in sys.modules:  # this rank's alone
+    if _is_of_this_rank(error):
         from credit.launch.failure import is_first_to_say
 
         return is_first_to_say(ours.what)
     return speaks()
+
+
+def _is_of_this_rank(error: BaseException) -> bool:
+    """Nobody foresaw it, and the other ranks, if there are any, do not know of it."""
+    return not isinstance(error, (CreditError, *_for_users())) and "torch.distributed" in sys.modules

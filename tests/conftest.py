@@ -15,9 +15,9 @@ from tests.ranks import World
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def worlds() -> Iterator[Callable[[int], World]]:
-    """worlds(n): a world of n gloo ranks, kept alive for the session."""
+    """worlds(n): a world of n gloo ranks, kept alive for the tests of a file."""
     started: dict[int, World] = {}
 
     def world(size: int) -> World:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from credit.domain_parallel.containers import closed, opened
 from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
 from credit.domain_parallel.gathered import gathers_recorded
+from credit.domain_parallel.generators import seed_torch
 from credit.domain_parallel.layers import DomainParallelLayer, DomainParallelRoot
 from credit.domain_parallel.lengths import gather_numbers
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager, get_domain_parallel_manager
@@ -182,7 +183,7 @@ class _Run:
         # A model may change in place what it is given, which autograd forbids of leaves.
         given = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
         args, kwargs = closed(tree_unflatten(given, structure))
-        torch.manual_seed(seed)
+        seed_torch(seed)
         self.outputs = _tensors(opened(model(*args, **kwargs)))
 
     def backward(self, cotangents: list[Tensor]) -> None:

@@ -7,18 +7,16 @@ What happens inside depends on that alone, and every rank takes the same branch.
 
 from __future__ import annotations
 
-import hashlib
-import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from credit.domain_parallel.autocast import casts_of_its_own
 from credit.domain_parallel.containers import closed, flattened, opened, restored
 from credit.domain_parallel.gathered import gathers_refused
+from credit.domain_parallel.generators import GENERATORS, digest, generator_states
 from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.lengths import check_lengths, gather_numbers, gather_texts
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from credit.domain_parallel.recorded import Recorder
 
 MAX_SHARDED_INPUTS = 28
-GENERATORS = ("torch", "Python", "numpy")
 
 _READY = 62
 """The bit that tells a rank's peers that it can replay the call, above those of the rows and of their order."""
@@ -173,26 +170,6 @@ class Border:
         )
 
 
-def torch_generator_state() -> tuple[int, ...]:
-    """Where torch's random generators stand: the CPU's, and the current accelerator's."""
-    ours: tuple[int, ...] = (_of_bytes(torch.get_rng_state().numpy().tobytes()),)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        ours += (generator.initial_seed(), generator.get_offset())
-    return ours
-
-
-def generator_states() -> tuple[Any, ...]:
-    """Where the random generators stand, as in GENERATORS."""
-    _, words, after = random.getstate()
-    state = np.random.get_state(legacy=False)["state"]
-    return (
-        torch_generator_state(),
-        (hash(words), after),
-        (state["pos"], _of_bytes(state["key"].tobytes())),
-    )
-
-
 def _content(x: Tensor) -> int | None:
     """A digest of the values of `x`; None where there are none."""
     if x.device.type == "meta" or x.layout is not torch.strided:
@@ -200,7 +177,7 @@ def _content(x: Tensor) -> int | None:
     x = x.detach().resolve_conj().resolve_neg()
     if x.device.type != "cpu":
         return int(torch.hash_tensor(torch.view_as_real(x) if x.is_complex() else x))
-    return _of_bytes(x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest(x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _order_code(x: Tensor) -> int:
@@ -222,8 +199,4 @@ def _strides(shape: tuple[int, ...], code: int) -> tuple[int, ...] | None:
 
 
 def _digest(value: Any) -> int:
-    return _of_bytes(repr(value).encode())
-
-
-def _of_bytes(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
+    return digest(repr(value).encode())

@@ -13,7 +13,6 @@ group of some of them.
 
 from __future__ import annotations
 
-import random
 import sys
 import threading
 import traceback
@@ -27,45 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from credit.domain_parallel.generators import Generators
 from credit.domain_parallel.groups import Messages, RankGroup, Reduction
 from credit.domain_parallel.manager import DomainParallelManager, as_rank
 from credit.domain_parallel.slab import whereabouts
 from credit.domain_parallel.torch_private import inside_backward
-
-
-class _Generators:
-    """Where random generators stand: torch's, Python's, and numpy's where there is numpy."""
-
-    def __init__(self) -> None:
-        self.numpy: Any = _numpy_random().get_bit_generator() if "numpy" in sys.modules else None
-        self.save()
-
-    def save(self) -> None:
-        """Of the process, as they stand now. Numpy draws from this very object."""
-        self.torch, self.python = torch.default_generator.get_state(), random.getstate()
-        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-
-    def restore(self) -> None:
-        torch.default_generator.set_state(self.torch)
-        random.setstate(self.python)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
-        if self.numpy is not None:
-            _numpy_random().set_bit_generator(self.numpy)
-
-    def stand_where(self, other: _Generators) -> None:
-        """Take over where `other` stands, with an object of its own for numpy to draw from."""
-        self.torch, self.python, self.cuda = other.torch, other.python, other.cuda
-        if other.numpy is None:
-            self.numpy = None
-            return
-        if type(self.numpy) is not type(other.numpy) or self.numpy is other.numpy:
-            self.numpy = type(other.numpy)()
-        self.numpy.state = other.numpy.state
-
-
-def _numpy_random() -> Any:
-    return sys.modules["numpy"].random
 
 
 class DeadlockError(RuntimeError):
@@ -95,12 +60,18 @@ def thread_ranks(size: int) -> Iterator[ThreadWorld]:
     yield ThreadWorld(size)
 
 
+def _closed() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
 @dataclass
 class _Rank:
     """What the world knows of a rank.
 
     Attributes:
-        may_run: its turn.
+        may_run: opened when it is its turn. A lock is cheap where a semaphore is Python's own code.
         ready: whether it has what it waits for; None while it does not wait.
         awaits: what that is, in words.
         in_backward: it waits in a backward.
@@ -108,8 +79,8 @@ class _Rank:
         ended: it has returned or failed.
     """
 
-    may_run: threading.Semaphore
-    generators: _Generators
+    generators: Generators
+    may_run: threading.Lock = field(default_factory=_closed)
     thread: threading.Thread | None = None
     ready: Callable[[], bool] | None = None
     awaits: str = ""
@@ -150,7 +121,7 @@ class ThreadWorld:
     def __init__(self, size: int) -> None:
         self.size = size
         self._ranks: list[_Rank] = []
-        self._generators = [_Generators() for _ in range(size)]
+        self._generators = [Generators() for _ in range(size)]
         self._boxes: dict[tuple[int, ...], _Box] = {}
         self._stuck: DeadlockError | None = None
         self._running = threading.local()
@@ -174,12 +145,12 @@ class ThreadWorld:
             RankError: if a rank raises.
             DeadlockError: if ranks wait for each other, or a message was sent that nobody received.
         """
-        before = _Generators()
+        before = Generators()
         for generators in self._generators:
             generators.stand_where(before)
         self._boxes.clear()
         self._stuck = None
-        self._ranks = [_Rank(threading.Semaphore(0), generators) for generators in self._generators]
+        self._ranks = [_Rank(generators) for generators in self._generators]
         grad = torch.is_grad_enabled()
         for number, rank in enumerate(self._ranks):
             rank.thread = threading.Thread(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from credit.domain_parallel.root import torch_generator_state
+from credit.domain_parallel.generators import seed_torch, torch_generator_state
 from credit.domain_parallel.torch_private import TorchDispatchMode
 from credit.errors import CreditError
 
@@ -138,7 +138,7 @@ class SampleDraws(_Draws):
         after = torch.default_generator.get_state()
         try:
             if rows is None:
-                torch.manual_seed(key)
+                seed_torch(key)
                 return func(*args, **kwargs)
             return self._by_sample(func, args, kwargs, rows, seen.length, key)
         finally:
@@ -149,7 +149,7 @@ class SampleDraws(_Draws):
     ) -> Any:
         parts = []
         for number, sample in enumerate(self.samples):
-            torch.manual_seed(hash((key, *sample)) % 2**63)
+            seed_torch(hash((key, *sample)) % 2**63)
             of_sample = [_part(x, number * rows, rows, length) for x in args]
             named = {name: _part(x, number * rows, rows, length) for name, x in kwargs.items()}
             parts.append(func(*of_sample, **named))

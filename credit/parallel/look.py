@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from credit.domain_parallel.root import GENERATORS, generator_states
+from credit.domain_parallel.generators import GENERATORS, generator_states, seed_torch
 from credit.domain_parallel.slab import class_name
 from credit.errors import ConfigError, CreditError
 from credit.parallel.draws import Plan, Recorded, SampleDraws
@@ -75,7 +75,7 @@ def look_at(model: nn.Module, forward: Forward, two: Tensor, is_shared_out: bool
 
         def run(x: Tensor, samples: list[tuple[int, ...]]) -> tuple[Tensor, dict[str, Tensor]]:
             restore_buffers(model, before)
-            torch.manual_seed(1)
+            seed_torch(1)
             with look.sampled(samples):
                 y = forward(x)
             return y, _buffers(model)
@@ -92,7 +92,7 @@ def look_at(model: nn.Module, forward: Forward, two: Tensor, is_shared_out: bool
             _refuse_statistics(model, [name for name in of_data if name not in means])
             _refuse_mixing(model, problem, _are_same(first[0], both[0]))
         restore_buffers(model, before)
-        torch.manual_seed(1)
+        seed_torch(1)
         unused = _unused(model, forward, one, look)
     return Look(draws, tuple(name for name in moving if name not in of_data), tuple(means), unused)
 

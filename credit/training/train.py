@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from credit.data.dataset import Fields, StepDataset
 from credit.data.loading import BatchLoader
 from credit.data.sampler import DataParallelSampler
+from credit.domain_parallel.generators import seed_torch
 from credit.errors import ConfigError, CreditError, Stopped
 from credit.launch.contract import enforce_sampler_contract
 from credit.launch.job import Job, sole_writer
@@ -70,22 +71,10 @@ class TrainingRun:
         with together("opening the data"):
             self.fields = Fields(job.config, store, statistics, rows)
             datasets = {period: StepDataset(self.fields, period) for period in ("train", "valid")}
+        self.samplers: dict[str, DataParallelSampler] = {}
+        self.loaders: dict[str, Any] = {}
         with together("laying out the batches"):
-            seeds = {"train": self.trainer.seed, "valid": None}
-            self.samplers = {
-                period: DataParallelSampler(
-                    len(dataset), self.trainer.batch_size, job.coords.dp, job.shape.dp, seeds[period]
-                )
-                for period, dataset in datasets.items()
-            }
-            self._check_accumulation(self.samplers["train"].share)
-        data = job.config.data
-        self.loaders: dict[str, Any] = {
-            period: BatchLoader(
-                dataset, self.samplers[period], data.workers, data.prefetch, pin=job.device.type == "cuda"
-            )
-            for period, dataset in datasets.items()
-        }
+            self._lay_out_batches(datasets)
         self.model, self.look = prepare_training(job, self.fields)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -116,6 +105,16 @@ class TrainingRun:
             in_background=self.trainer.checkpoint_async,
             keep=self.trainer.keep,
         )
+
+    def _lay_out_batches(self, datasets: dict[str, StepDataset]) -> None:
+        job, trainer, data = self.job, self.trainer, self.job.config.data
+        for period, dataset in datasets.items():
+            seed = trainer.seed if period == "train" else None
+            sampler = DataParallelSampler(len(dataset), trainer.batch_size, job.coords.dp, job.shape.dp, seed)
+            pin = job.device.type == "cuda"
+            self.samplers[period] = sampler
+            self.loaders[period] = BatchLoader(dataset, sampler, data.workers, data.prefetch, pin=pin)
+        self._check_accumulation(self.samplers["train"].share)
 
     def _check_accumulation(self, samples: int) -> None:
         if samples % self.trainer.accumulate:
@@ -207,7 +206,7 @@ class TrainingRun:
             size = len(batch["weight"]) // parts
             piece = {name: value[part * size : (part + 1) * size] for name, value in batch.items()}
             # Each part begins as the whole batch does: with the step's random numbers, and the buffers as they were.
-            torch.manual_seed(hash((self.trainer.seed, step)) % 2**63)
+            seed_torch(hash((self.trainer.seed, step)) % 2**63)
             buffers.begin_part()
             losses = self.shares_of_loss(piece, draw=1 + step)
             with self.look.sampled(self._members_of(piece)):

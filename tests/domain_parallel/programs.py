@@ -246,14 +246,14 @@ def program(seed: int) -> tuple[Program, Tensor]:
     """Steps that one device can run, the next chosen when the one before has been."""
     draw = random.Random(seed)
     shape = draw.choice(SHAPES)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     x = torch.randn(shape, dtype=torch.float64)
     made = Program([], shape[1]).double()
     length = draw.randint(3, 8)
     while len(made.steps) < length:
         kind = draw.choice([PURE, VIEWS, IN_PLACE])
         name = draw.choice([*kind])
-        torch.manual_seed(seed)  # or what it draws could be empty the next time
+        torch.default_generator.manual_seed(seed)  # or what it draws could be empty the next time
         values = _run(made, x)
         step = Step(name, draw.randrange(len(values)), draw.randrange(len(values)), _drawn(draw))
         if draw.random() < 0.6:  # further steps rather follow on what was made last
@@ -288,7 +288,7 @@ def _can(step: Step, values: list[Tensor]) -> bool:
 def _has_gradients(made: Program, x: Tensor, seed: int) -> bool:
     """False if a value was changed that the backward needs: torch refuses that."""
     x = x.clone().requires_grad_()
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     try:
         outputs = [y for y in made(x * 1) if y.requires_grad]
         torch.autograd.grad(outputs, [x, made.scale], [torch.ones_like(y) for y in outputs], allow_unused=True)
