@@ -8,11 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import table
 from tests.containers import lab
 from tests.launch import cluster
 from tests.ranks import World
 
 torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    reports = [one for kind in ("passed", "failed") for one in terminalreporter.getreports(kind) if one.when == "call"]
+    for line in table.lines(reports):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -149,6 +149,35 @@ def test_odd_values_of_every_key(tmp_path) -> None:
     cases = all_cases()
     assert len(cases) > 4000
     assert problems_of(cases, tmp_path / "c.yaml") == {}
+
+
+def taken_as(path: Path, changes: Sequence[str] = ()) -> Config | str:
+    try:
+        return load_config(path, changes)
+    except ConfigError:
+        return "refused"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def differences(cases: list[Case], file: Path) -> list[str]:
+    """Values that `--set` takes otherwise than a file."""
+    found = []
+    for path, key, text in cases:
+        file.write_text(with_value(path, key, text))
+        change = f"{'.'.join(key)}={text}"
+        if taken_as(file) != taken_as(path, [change]):
+            found.append(f"{path.stem} {change}: {taken_as(file)!s:.60} / {taken_as(path, [change])!s:.60}")
+    return found
+
+
+def test_a_sample_of_odd_values_is_taken_by_set_as_in_a_file(tmp_path) -> None:
+    assert differences(random.Random(SEED + 1).sample(all_cases(), SAMPLE), tmp_path / "c.yaml") == []
+
+
+@pytest.mark.slow
+def test_odd_values_are_taken_by_set_as_in_a_file(tmp_path) -> None:
+    assert differences(all_cases(), tmp_path / "c.yaml") == []
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from credit.domain_parallel.constants import constants
 from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.halo_exchange import exchange, moved
 from credit.domain_parallel.partition import Everything, Partition, PartitionError, RowMap, Rows, make_plan
@@ -159,7 +160,12 @@ def part(x: Tensor, axis: int, partition: Partition, rank: int) -> Tensor:
 
 def joined(parts: Tensor, axis: int, partition: Partition) -> Tensor:
     """The whole tensor, from what the ranks own of it, one after another along `axis`: the inverse of `part`."""
-    return torch.empty_like(parts).index_copy_(axis, torch.tensor(partition.order, device=parts.device), parts)
+    return torch.empty_like(parts).index_copy_(axis, _order(partition, parts.device), parts)
+
+
+@constants
+def _order(partition: Partition, device: torch.device) -> Tensor:
+    return torch.tensor(partition.order, device=device)
 
 
 class AllSum(torch.autograd.Function):

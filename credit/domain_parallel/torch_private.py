@@ -37,6 +37,7 @@ __all__ = [
     "foreach_mul_",
     "foreach_norm",
     "inside_backward",
+    "is_faked",
     "make_wrapper_subclass",
     "no_dispatch_modes",
     "no_torch_function",
@@ -82,6 +83,11 @@ foreach_lerp_, foreach_mul_, foreach_norm = torch._foreach_lerp_, torch._foreach
 def inside_backward() -> bool:
     """Autograd's engine is running on this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_faked() -> bool:
+    """Operators run on fake tensors here."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def schemas(name: str) -> list[Any]:

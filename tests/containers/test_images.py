@@ -44,7 +44,7 @@ from tests.containers.runs import (
     under_srun,
     with_other_mpi,
 )
-from tests.launch.ahead import ahead, asked_for
+from tests.launch.ahead import Results, ahead, asked_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]  # the first tests wait for tools and images
 AT_A_TIME = 4
@@ -187,7 +187,7 @@ def bare() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def results(bare, request) -> Iterator[Callable[[str], Any]]:
+def results(bare, request) -> Iterator[Results]:
     """Of the work that the selected tests look at. They are skipped where what they need is missing."""
     have = {}
     needed = {name for item in request.session.items for name in item.fixturenames}
@@ -203,7 +203,7 @@ def results(bare, request) -> Iterator[Callable[[str], Any]]:
 @pytest.fixture
 def found(request, results) -> Any:
     """What became of the work that the parameter names."""
-    found = results(request.param)
+    found = results(request.param).value
     print(getattr(found, "stdout", found))
     return found
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from credit.domain_parallel import SharedHalo, convert_to_domain_parallel, reshard_tensor, shard_tensor
 from credit.domain_parallel.partition import Partition
+from credit.domain_parallel.torch_private import TorchDispatchMode
 from credit.models.attention import WindowAttention
 from tests.domain_parallel import parity
 from tests.domain_parallel.operators import Call
@@ -136,3 +137,29 @@ def test_the_transpose_sends_each_entry_that_changes_rank_once(threads, size) ->
     assert all(right and inverse for right, inverse, _ in found)
     kept = sum(Partition(13, size).size(rank) * Partition(9, size).size(rank) for rank in range(size))
     assert sum(sent for _, _, sent in found) == 2 * 3 * (13 * 9 - kept) * 4
+
+
+class Lifted(TorchDispatchMode):
+    """Tensors that are made of numbers, each of which is a copy to the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+def lifted() -> int:
+    """In a step; those that are made once and kept are not seen."""
+    up, down = nn.Upsample(scale_factor=1.5, mode="bilinear"), nn.AvgPool2d(3, 2, 1)
+    model = nn.Sequential(nn.GroupNorm(2, 4), up, down, nn.InstanceNorm2d(4))
+    model = convert_to_domain_parallel(model, parity.manager())
+    x = shard_tensor(torch.randn(1, 4, 19, 8), -2, parity.manager()).requires_grad_()
+    with Lifted() as mode:
+        model(x).sum().backward()
+    return mode.count
+
+
+def test_numbers_that_follow_from_shapes_are_not_copied_to_the_device_in_every_step(threads) -> None:
+    """But for the ranks' agreement at the start of a forward."""
+    assert threads(3).run(lifted) == [1, 1, 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -10,10 +10,11 @@ import pytest
 
 from credit.launch import network
 from credit.launch.ranks import is_loopback
-from tests.launch.ahead import ahead, asked_for
+from tests.launch.ahead import Results, ahead, asked_for
 from tests.launch.exits import write_short
 from tests.launch.hosts import missing
-from tests.launch.scenarios import SCENARIOS, Seen, play
+from tests.launch.scenarios import SCENARIOS, play
+from tests.table import tell
 
 
 def test_the_kernel_tells_the_addresses_of_this_host() -> None:
@@ -38,7 +39,7 @@ def test_names_are_known_in_their_short_form() -> None:
 
 
 @pytest.fixture(scope="module")
-def results(request, tmp_path_factory) -> Iterator[Callable[[str], Seen]]:
+def results(request, tmp_path_factory) -> Iterator[Results]:
     reason = missing()
     if reason is not None:
         pytest.skip(reason)
@@ -52,6 +53,7 @@ def results(request, tmp_path_factory) -> Iterator[Callable[[str], Seen]]:
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_network_where_something_is_wrong(scenario, results) -> None:
-    seen = results(scenario)
-    assert seen.fits(SCENARIOS[scenario]), f"{seen.codes} after {seen.seconds:.0f} s\n{seen.text}"
+def test_a_network_where_something_is_wrong(scenario, results, request) -> None:
+    seen, wanted = results(scenario).value, SCENARIOS[scenario]
+    tell(request.node, scenario, wanted.expected, seen.words(wanted), seen.seconds)
+    assert seen.fits(wanted), f"{seen.codes} after {seen.seconds:.0f} s\n{seen.text}"

@@ -33,7 +33,8 @@ from tests.launch.jobs import (
     weights,
     write_base,
 )
-from tests.launch.stories import LONG, ODD, STEPS, lose_a_rank, reach_the_time_limit, run_an_array, suffer, train
+from tests.launch.stories import LONG, ODD, STEPS, Array, lose_a_rank, reach_the_time_limit, run_an_array, suffer, train
+from tests.table import tell
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 AT_A_TIME = 5
@@ -47,15 +48,27 @@ class Place(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What became of them."""
+    """What became of them, and the seconds that they took."""
 
     place: Place
     result: Any
+    seconds: float
 
     def text(self) -> str:
         """All that a command and its batch job printed."""
         file = self.place.folder / "out"
         return self.result.stdout + (file.read_text() if file.exists() else "")
+
+    def words(self) -> str:
+        """An exit code or a count, and the last that credit said."""
+        if isinstance(self.result, CompletedProcess):
+            code, text = self.result.returncode, self.text()
+        elif isinstance(self.result, Array):
+            code, text = self.result.broken.returncode, f"{self.result.log}{self.result.broken.stdout}"
+        else:
+            code, text = self.result if isinstance(self.result, tuple) else ("", str(self.result))
+        said = [line for line in text.splitlines() if line.startswith("credit: ")]
+        return f"{code} {said[-1].removeprefix('credit: ') if said else ''}"
 
 
 def command(words: list[str], place: Place, **env: str) -> CompletedProcess:
@@ -145,6 +158,20 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str]] = {
 SHORT = ["sbatch", "-N1", "-n2", "--time=1", "--output=OUT", "hpc/generic_slurm.sh", *OPTIONS]
 
 
+SUBMITTED = ("generic_slurm", "local")
+EXPECTED: dict[str, str] = {
+    "time limit": "saves, is put back, ends with the weights of the undisturbed run",
+    "requeue, crash, cancel": "resumes after each, ends with the weights of the undisturbed run",
+    "array": "odd names hold; the task that stopped goes on alone; the broken one ends",
+    **dict.fromkeys(("SIGSTOP", "SIGKILL"), "ends in time, naming rank and host"),
+    **dict.fromkeys(WAYS, "the curve of one process"),
+    **{f"submit, {site}": "the curve of one process" for site in SUBMITTED},
+    **dict.fromkeys(REFUSED, "refused"),
+    "layouts": "those of a cyclic and a block job are the same",
+    "one rank a node": "a group that leaves its node is reported",
+    "too short": "ends after one start",
+}
+"""Of each piece of work, in words."""
 NAME = 'it\'s a "run", of $(touch evil)'  # all that an #SBATCH line can carry
 
 
@@ -207,7 +234,7 @@ def work(long: Long) -> Work:
         "SIGSTOP": lambda place: lose_a_rank(*place, how=signal.SIGSTOP),
         "SIGKILL": lambda place: lose_a_rank(*place, how=signal.SIGKILL),
         **{way: partial(command, words) for way, words in WAYS.items()},
-        **{f"submit, {site}": partial(submitted_from_python, site) for site in ("generic_slurm", "local")},
+        **{f"submit, {site}": partial(submitted_from_python, site) for site in SUBMITTED},
         **{case: partial(command, words, **env) for case, (words, env, _) in REFUSED.items()},
         "layouts": layouts,
         "one rank a node": partial(command, ["srun", *PAIR, "-n2", *LAYOUT]),
@@ -221,13 +248,14 @@ def results(slurm, base, long, request, tmp_path_factory) -> Iterator[Callable[[
     places = {name: Place(base, tmp_path_factory.mktemp("job")) for name in work(long)}
     todo = {name: partial(do, places[name]) for name, do in work(long).items()}
     with ahead(todo, asked_for(request.session, "found"), AT_A_TIME) as result:
-        yield lambda name: Found(places[name], result(name))
+        yield lambda name: Found(places[name], *result(name))
 
 
 @pytest.fixture
 def found(request, results) -> Found:
     """What became of the work that the parameter names."""
     found = results(request.param)
+    tell(request.node, request.param, EXPECTED[request.param], found.words(), found.seconds)
     print(found.text() if isinstance(found.result, CompletedProcess) else found.result)
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from credit.errors import CreditError
 from credit.evaluation.forecast import forecast
 from credit.launch.job import start_job
 from tests.stores import conf, dataset, write_zarr
+from tests.table import tell
 from tests.training.faults import KINDS, Faults
 from tests.training.runs import curve
 
@@ -29,8 +31,10 @@ def faults(tmp_path_factory) -> Iterator[Faults]:
 
 
 @pytest.mark.parametrize("kind", dict.fromkeys(KINDS))
-def test_a_fault_is_said_within_the_bound_and_costs_no_good_checkpoint(faults, kind) -> None:
+def test_a_fault_is_said_within_the_bound_and_costs_no_good_checkpoint(faults, kind, request) -> None:
+    begin = time.monotonic()
     fault = faults.inject(kind, random.Random(kind))
+    tell(request.node, kind, "said in time, no good checkpoint lost", fault.outcome, time.monotonic() - begin)
     assert not fault.problem, fault
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from credit.domain_parallel.constants import constants
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, Taps, make_plan
 from credit.domain_parallel.reshard import cut_along, whole
@@ -31,13 +32,20 @@ def apply_taps(x: Slab, taps: Taps, others: Any) -> Any:
 
 def _weighted_rows(x: Tensor, taps: Taps, out: Sequence[int], first: int, dim: int) -> Tensor:
     """Rows `out` of the operator `taps`, from rows of which `first` is the first."""
-    rows = torch.tensor([taps.rows[o] for o in out], device=x.device) - first
-    weights = torch.tensor([taps.weights[o] for o in out], dtype=x.dtype, device=x.device)
+    rows, weights = _tables(taps, tuple(out), first, x.dtype, x.device)
     if rows.shape[1] == 1:
         return x.index_select(dim, rows[:, 0])
     shape = [-1 if axis == dim else 1 for axis in range(x.ndim)]
     terms = [x.index_select(dim, rows[:, k]) * weights[:, k].view(shape) for k in range(rows.shape[1])]
     return torch.stack(terms).sum(0) if len(terms) > 2 else terms[0] + terms[1]
+
+
+@constants
+def _tables(
+    taps: Taps, out: tuple[int, ...], first: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    rows = torch.tensor([taps.rows[o] for o in out], device=device) - first
+    return rows, torch.tensor([taps.weights[o] for o in out], dtype=dtype, device=device)
 
 
 @rule("F.interpolate")

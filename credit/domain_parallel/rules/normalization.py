@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from credit.domain_parallel.constants import constants
 from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.reshard import is_dealt_evenly, own
 from credit.domain_parallel.rules.axes import axes_of
@@ -132,8 +133,12 @@ def _average(x: Tensor, counts: tuple[int, ...]) -> Tensor:
     """Over the ranks, the first axis, each of which has so many entries."""
     if len(set(counts)) == 1:
         return x.mean(0)
-    share = torch.tensor(counts, dtype=x.dtype, device=x.device) / sum(counts)
-    return (share.view(-1, *[1] * (x.ndim - 1)) * x).sum(0)
+    return (_shares(counts, x.dtype, x.device).view(-1, *[1] * (x.ndim - 1)) * x).sum(0)
+
+
+@constants
+def _shares(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(counts, dtype=dtype, device=device) / sum(counts)
 
 
 def standardize(

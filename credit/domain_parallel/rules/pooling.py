@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from credit.domain_parallel.constants import constants
 from credit.domain_parallel.partition import Taps, Window
 from credit.domain_parallel.reshard import own, whole
 from credit.domain_parallel.rules.axes import along, elsewhere
@@ -111,6 +112,11 @@ def _avg_pool(axes: int) -> Any:
     return without_divisor if axes == 1 else call
 
 
+@constants
+def _factors(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
 def _recount(y: Any, x: Slab, axes: int, k: list, s: list, p: list, include: bool, divisor: int | None) -> Any:
     """Averages over full kernels made into those over what torch counts, axis by axis."""
     for i in range(axes):
@@ -118,9 +124,8 @@ def _recount(y: Any, x: Slab, axes: int, k: list, s: list, p: list, include: boo
         ends = [(o * s[i] - p[i], o * s[i] - p[i] + k[i]) for o in range(y.shape[axis])]
         low, high = (-p[i], x.shape[axis] + p[i]) if include else (0, x.shape[axis])
         counts = [min(end, high) - max(start, low) for start, end in ends]
-        factors = torch.tensor([k[i] / n for n in counts], dtype=torch.float64, device=x.device)
-        if divisor is not None:
-            factors = torch.full_like(factors, k[i] / (divisor if i == 0 else 1))
+        wanted = (k[i] / (n if divisor is None else divisor if i == 0 else 1) for n in counts)
+        factors = _factors(tuple(wanted), x.device)
         shape = [-1 if a == axis else 1 for a in range(x.ndim)]
         if is_slab(y):
             mine = own(factors, 0, y) if axis == y.cut else factors
