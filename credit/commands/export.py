@@ -10,9 +10,9 @@ from credit.commands.verb import add_verb, load
 
 
 def add(verbs: Any) -> None:
-    parser = add_verb(verbs, "export", run, "write the weights as one plain state dict, safetensors")
+    parser = add_verb(verbs, "export", run, "write the weights as one plain state dict")
     parser.add_argument(
-        "path", type=file, help="the file to write, *.safetensors; for trainer.init_from, or anything else"
+        "path", type=file, help="the file to write, *.safetensors, or *.pt for torch.load; for trainer.init_from, too"
     )
 
 

@@ -144,9 +144,23 @@ class ModulesState:
             if change := self.change():
                 raise ModulesChanged(f"after a forward {change}")
         finally:
-            for held in self._held:
-                held.restore()
+            self.restore()
             self._set(before)
+
+    def restore(self) -> None:
+        """The modules' attributes, and what is in lists, dictionaries and sets of theirs; not the values of tensors."""
+        for held in self._held:
+            held.restore()
+
+    def changed_numbers(self) -> list[str]:
+        """Attributes that are other numbers by now, such as counts of calls."""
+        return [
+            f"{held.path}.{name}".strip(".")
+            for held in self._held
+            if held.name is None
+            for name, then in zip(held.keys, held.values, strict=True)
+            if isinstance(then, int | float) and name in held.now and not _is_same(held.now, {name: then}, name)
+        ]
 
     def _set(self, tensors: list[Tensor]) -> None:
         for slots, tensor in zip(self.slots, tensors, strict=True):

@@ -6,6 +6,7 @@ samples that it mixes, random numbers, parameters that it does not use.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,9 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from credit.domain_parallel.generators import GENERATORS, generator_states, seed_torch
+from credit.domain_parallel.modules_state import ModulesState
 from credit.domain_parallel.slab import class_name
 from credit.errors import ConfigError, CreditError
 from credit.parallel.draws import Plan, Recorded, SampleDraws
+
+logger = logging.getLogger(__name__)
 
 SAME = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Relative to the largest: what a kernel for another batch size may change; in types that are not named, 0.05."""
@@ -62,10 +66,11 @@ def look_at(model: nn.Module, forward: Forward, two: Tensor, is_shared_out: bool
             out; and what a resumed run would not have.
     """
     one = two[:1]
-    with _kept(model):
+    with _kept(model) as state:
         before = _buffers(model)
         with torch.no_grad():
             recorded = [_recorded(forward, x) for x in (one, two)]
+        _warn_of_numbers(model, state.changed_numbers())
         draws, problem = None, ""
         try:
             draws = Plan(*recorded)
@@ -74,6 +79,7 @@ def look_at(model: nn.Module, forward: Forward, two: Tensor, is_shared_out: bool
         look = Look(draws, (), (), ())
 
         def run(x: Tensor, samples: list[tuple[int, ...]]) -> tuple[Tensor, dict[str, Tensor]]:
+            state.restore()
             restore_buffers(model, before)
             seed_torch(1)
             with look.sampled(samples):
@@ -91,6 +97,7 @@ def look_at(model: nn.Module, forward: Forward, two: Tensor, is_shared_out: bool
         if is_shared_out:
             _refuse_statistics(model, [name for name in of_data if name not in means])
             _refuse_mixing(model, problem, _are_same(first[0], both[0]))
+        state.restore()
         restore_buffers(model, before)
         seed_torch(1)
         unused = _unused(model, forward, one, look)
@@ -98,8 +105,8 @@ def look_at(model: nn.Module, forward: Forward, two: Tensor, is_shared_out: bool
 
 
 @contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
-    """Buffers, mode and generators are afterwards what they were.
+def _kept(model: nn.Module) -> Iterator[ModulesState]:
+    """Buffers, attributes, mode and generators are afterwards what they were.
 
     Raises:
         ConfigError: if numpy's or Python's generator was used meanwhile.
@@ -109,9 +116,11 @@ def _kept(model: nn.Module) -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         model.train()
+        state = ModulesState(model)
         try:
-            yield
+            yield state
         finally:
+            state.restore()
             model.train(was_training)
             restore_buffers(model, before)
     drawn = [name for name, a, b in zip(GENERATORS, generators, generator_states(), strict=True) if a != b]
@@ -162,6 +171,15 @@ def _refuse_lost(model: nn.Module, moving: list[str]) -> None:
         raise ConfigError(
             f"{_named(model, lost)}: a forward changes this buffer, and checkpoints do not hold it, so a resumed run "
             f"would not be the uninterrupted one: register it with persistent=True"
+        )
+
+
+def _warn_of_numbers(model: nn.Module, names: list[str]) -> None:
+    if names and (not dist.is_initialized() or dist.get_rank() == 0):
+        logger.warning(
+            "%s: a forward changes this number, and checkpoints do not hold it, so a resumed run begins with it anew: "
+            "if outputs depend on it, make it a buffer",
+            _named(model, names),
         )
 
 

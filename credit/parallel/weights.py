@@ -1,4 +1,4 @@
-"""A plain model's weights in one file: written from any mesh, read by anything that reads safetensors."""
+"""A plain model's weights in one file: written from any mesh, read by anything that reads safetensors, or torch."""
 
 from __future__ import annotations
 
@@ -30,17 +30,16 @@ WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "model.")
 
 
 def export_plain(model: nn.Module, path: Path, prefix: str = "", facts: dict[str, Any] | None = None) -> None:
-    """Write the plain model's state dict into one safetensors file. Called by all ranks.
+    """Write the plain model's state dict into one file: safetensors, or what torch.load reads. Called by all ranks.
 
     Args:
         model: on any mesh.
+        path: *.safetensors, or *.pt.
         prefix: of all names, to be left out.
-        facts: small and JSON; `read_facts` gives them back.
+        facts: small and JSON, kept in safetensors; `read_facts` gives them back.
     """
-    if path.suffix != ".safetensors":
-        raise ConfigError(
-            f"{path}: weights are written as safetensors; name the file {path.with_suffix('.safetensors')}"
-        )
+    if path.suffix not in (".safetensors", ".pt"):
+        raise ConfigError(f"{path}: name the file *.safetensors, or *.pt to be read by torch.load")
     pieces = in_pieces(model, get_model_state_dict(model))
     first = not dist.is_initialized() or dist.get_rank() == 0
     # One tensor at a time is made whole, so that no rank but the first holds them all. Tied weights are written twice.
@@ -53,7 +52,11 @@ def export_plain(model: nn.Module, path: Path, prefix: str = "", facts: dict[str
         if first:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.partial")
-            save_file(plain, partial, metadata={"format": "pt", FACTS: json.dumps(facts or {})})
+            if path.suffix == ".pt":
+                with partial.open("wb") as file:
+                    torch.save(plain, file)
+            else:
+                save_file(plain, partial, metadata={"format": "pt", FACTS: json.dumps(facts or {})})
             rename_synced(partial, path)
 
 

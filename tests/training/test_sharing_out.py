@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 from credit.errors import CreditError
+from credit.parallel.look import look_at
 from tests.training.runs import curve, interrupted, losses_and_weights, on, small
 
 MODELS = "tests.training.odd_models"
@@ -95,3 +98,25 @@ def test_a_gradient_that_is_not_finite_is_skipped_on_request(worlds, raw, tmp_pa
     for_ever = with_model(raw, "HasRoot", nonfinite="skip", epochs=4)
     with pytest.raises(CreditError, match=r"the norm of the gradient is nan at step 11, of "):
         curve(on(for_ever, tmp_path / "for ever", "none", 1))
+
+
+class Counting(nn.Conv2d):
+    """Its output depends on how often it was called, which it keeps in attributes."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3, 1)
+        self.calls, self.seen, self.last = 0, [], {"rows": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(len(x))
+        self.last["rows"], self.new = x.shape[2], True
+        return super().forward(x) / self.calls
+
+
+def test_a_look_at_a_model_leaves_its_attributes_as_they_were(caplog) -> None:
+    """Training begins with the first call of all, as on one device without a look; and a resume is warned of."""
+    model = Counting()
+    look_at(model, model, torch.randn(2, 3, 4, 5), is_shared_out=True)
+    assert (model.calls, model.seen, model.last, hasattr(model, "new")) == (0, [], {"rows": 0}, False)
+    assert "calls (Counting): a forward changes this number, and checkpoints do not hold it" in caplog.text

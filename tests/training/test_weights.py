@@ -186,3 +186,16 @@ def test_what_is_no_loss_of_entries_is_refused(tmp_path, loss, said) -> None:
     raw["trainer"]["loss"] = loss
     with pytest.raises(CreditError, match=said):
         curve(on(raw, tmp_path / "run", "none", 1))
+
+
+def test_a_file_for_torch_holds_the_same(tmp_path) -> None:
+    given = on(small(tmp_path), tmp_path / "run", "none", 1)
+    curve(given)
+    for name in ("w.safetensors", "w.pt"):
+        exported(given, tmp_path / name)
+    state = torch.load(tmp_path / "w.pt", weights_only=True)
+    wanted = load_file(tmp_path / "w.safetensors")
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(value, state[name]) for name, value in wanted.items())
+    with pytest.raises(ConfigError, match=r"w.npz: name the file \*.safetensors, or \*.pt"):
+        exported(given, tmp_path / "w.npz")
