@@ -52,12 +52,12 @@ def bounded(verb: Callable[[], int | None]) -> int:
             word = "stopped" if isinstance(ours, Stopped) else "error"
             with suppress(OSError, ValueError):  # there is nowhere to say it
                 print(f"credit: {word}: {ours}", file=sys.stderr, flush=True)
-            if _is_of_this_rank(error):
-                from credit.launch.failure import let_others_ask
-
-                let_others_ask(ours.what)
         else:
             time.sleep(SILENT_S)
+        if _is_of_this_rank(error):
+            from credit.launch.failure import let_others_ask
+
+            let_others_ask(ours.what)
         return ours.exit_code
 
 

@@ -7,11 +7,19 @@ from collections.abc import Iterable
 import pytest
 
 LONGEST = 150
+HEAD = ("| scenario | expected | seen | s |", "|---|---|---|---|")
+
+
+def row(scenario: str, expected: str, seen: str, seconds: float, fits: bool) -> str:
+    """A line in Markdown; what does not fit is marked."""
+    said = " ".join(seen.split())
+    said = said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."
+    return f"| {scenario} | {expected} | {'' if fits else '**no**: '}{said} | {seconds:.0f} |"
 
 
 def tell(node: pytest.Item, scenario: str, expected: str, seen: str, seconds: float) -> None:
     """Add a row. `seen` is what came of it in one line, an exit code or a message."""
-    node.user_properties.append(("row", (scenario, expected, " ".join(seen.split()), round(seconds))))
+    node.user_properties.append(("row", (scenario, expected, seen, seconds)))
 
 
 def lines(reports: Iterable[pytest.TestReport]) -> list[str]:
@@ -20,8 +28,5 @@ def lines(reports: Iterable[pytest.TestReport]) -> list[str]:
     for report in reports:
         for name, value in report.user_properties:
             if name == "row":
-                scenario, expected, seen, seconds = value
-                said = seen if len(seen) <= LONGEST else f"{seen[:LONGEST]} ..."
-                mark = "" if report.passed else "**no**: "
-                rows[scenario] = f"| {scenario} | {expected} | {mark}{said} | {seconds} |"
-    return ["| scenario | expected | seen | s |", "|---|---|---|---|", *rows.values()] if rows else []
+                rows[value[0]] = row(*value, fits=report.passed)
+    return [*HEAD, *rows.values()] if rows else []

@@ -17,7 +17,7 @@ def seed_torch(seed: int) -> None:
     """Seed torch's generators of the CPU and of the accelerator, if there is one.
 
     `torch.manual_seed` does so too, and writes down the stack of its caller for every kind of device that is not in
-    use, in case it will be: a millisecond, which draws of each sample would pay each time.
+    use, in case it will be: a tenth of a millisecond and more, which draws of each sample would pay each time.
     """
     torch.default_generator.manual_seed(seed)
     accelerator = torch.accelerator.current_accelerator()
@@ -46,6 +46,7 @@ def generator_states() -> tuple[Any, ...]:
 
 
 def digest(data: bytes) -> int:
+    """Of 64 bits, signed, as a tensor of integers holds it."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
 
 

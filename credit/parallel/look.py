@@ -66,8 +66,7 @@ def look_at(model: nn.Module, forward: Forward, two: Tensor, is_shared_out: bool
             out; and what a resumed run would not have.
     """
     one = two[:1]
-    with _kept(model) as state:
-        before = _buffers(model)
+    with _kept(model) as (state, before):
         with torch.no_grad():
             recorded = [_recorded(forward, x) for x in (one, two)]
         _warn_of_numbers(model, state.changed_numbers())
@@ -78,10 +77,13 @@ def look_at(model: nn.Module, forward: Forward, two: Tensor, is_shared_out: bool
             problem = str(error)
         look = Look(draws, (), (), ())
 
-        def run(x: Tensor, samples: list[tuple[int, ...]]) -> tuple[Tensor, dict[str, Tensor]]:
+        def begin() -> None:
             state.restore()
             restore_buffers(model, before)
             seed_torch(1)
+
+        def run(x: Tensor, samples: list[tuple[int, ...]]) -> tuple[Tensor, dict[str, Tensor]]:
+            begin()
             with look.sampled(samples):
                 y = forward(x)
             return y, _buffers(model)
@@ -97,16 +99,14 @@ def look_at(model: nn.Module, forward: Forward, two: Tensor, is_shared_out: bool
         if is_shared_out:
             _refuse_statistics(model, [name for name in of_data if name not in means])
             _refuse_mixing(model, problem, _are_same(first[0], both[0]))
-        state.restore()
-        restore_buffers(model, before)
-        seed_torch(1)
+        begin()
         unused = _unused(model, forward, one, look)
     return Look(draws, tuple(name for name in moving if name not in of_data), tuple(means), unused)
 
 
 @contextmanager
-def _kept(model: nn.Module) -> Iterator[ModulesState]:
-    """Buffers, attributes, mode and generators are afterwards what they were.
+def _kept(model: nn.Module) -> Iterator[tuple[ModulesState, dict[str, Tensor]]]:
+    """Buffers, attributes, mode and generators are afterwards what they were. Gives attributes and buffers.
 
     Raises:
         ConfigError: if numpy's or Python's generator was used meanwhile.
@@ -118,7 +118,7 @@ def _kept(model: nn.Module) -> Iterator[ModulesState]:
         model.train()
         state = ModulesState(model)
         try:
-            yield state
+            yield state, before
         finally:
             state.restore()
             model.train(was_training)

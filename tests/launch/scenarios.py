@@ -19,6 +19,7 @@ from pathlib import Path
 from tests.launch.exits import write_short
 from tests.launch.hosts import Host, cut, hosts
 from tests.launch.jobs import BIN, PYTHON, ROOT, environment
+from tests.table import HEAD, row
 
 START_S = 180
 BOUND_S = START_S + 120
@@ -224,8 +225,7 @@ class Seen:
         """The codes, and the line that was expected or the first that was said."""
         lines = [line for line in self.text.splitlines() if line.startswith("credit: ")]
         line = next((line for line in lines if re.search(scenario.says, line)), (lines or ["nothing said"])[0])
-        short = line.removeprefix("credit: ")
-        return f"{sorted(set(self.codes))}: {short if len(short) < 170 else short[:160] + ' ...'}"
+        return f"{sorted(set(self.codes))}: {line.removeprefix('credit: ')}"
 
 
 def play(scenario: Scenario, config: Path, folder: Path) -> Seen:
@@ -298,16 +298,12 @@ def main(*names: str) -> int:
             for number, (name, one) in enumerate(wanted.items())
         }
         wrong = 0
-        print("| scenario | expected | seen | s |\n|---|---|---|---|")
+        print("\n".join(HEAD))
         for name, future in played.items():
             seen = future.result()
             fits = seen.fits(wanted[name])
             wrong += not fits
-            mark = "" if fits else "**no**: "
-            print(
-                f"| {name} | {wanted[name].expected} | {mark}{seen.words(wanted[name])} | {seen.seconds:.0f} |",
-                flush=True,
-            )
+            print(row(name, wanted[name].expected, seen.words(wanted[name]), seen.seconds, fits), flush=True)
             if not fits:
                 print(seen.text, file=sys.stderr)
     return int(wrong > 0)
