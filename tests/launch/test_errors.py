@@ -156,16 +156,18 @@ def test_a_model_that_raises_on_one_rank(raw, tmp_path, monkeypatch) -> None:
     assert not any("Traceback" in text for text in errors), errors
 
 
-def test_a_model_that_raises_in_a_step_is_said_once(raw, tmp_path, monkeypatch) -> None:
-    """On all ranks alike, where none knows of the others."""
+@pytest.mark.parametrize("late_s", [0, 4])
+def test_a_model_that_raises_in_a_step_is_said_once(raw, tmp_path, monkeypatch, late_s) -> None:
+    """On all ranks alike, where none knows of the others; and if rank 1 comes to it when rank 0 has long said it."""
     body = "        self.calls = 0\n    def forward(self, x):\n        self.calls += 1\n"
-    body += "        if self.calls > 12:\n            raise ZeroDivisionError\n        return super().forward(x)\n"
+    body += f"        if self.calls > 12:\n            import time; time.sleep({late_s} * dist.get_rank())\n"
+    body += "            raise ZeroDivisionError\n        return super().forward(x)\n"
     file = own_model(raw, tmp_path, body, monkeypatch)
     codes, errors = start_ranks(written(raw, tmp_path), 2)
     said = [line for text in errors for line in text.splitlines() if line.startswith("credit: error: ")]
     assert codes == [1, 1], errors
     assert len(said) == 1, errors
-    assert f"ZeroDivisionError ({file}:11, in forward); the traceback is in {tmp_path}/run/error-rank" in said[0]
+    assert f"ZeroDivisionError ({file}:12, in forward); the traceback is in {tmp_path}/run/error-rank" in said[0]
     assert not any("Traceback" in text for text in errors), errors
 
 
