@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -21,10 +21,28 @@ from credit.config.fields import (
 )
 
 
-class UNet(Block):
-    """`credit.models.unet.UNet`."""
+class OwnModel(Block):
+    """A model of the package's own. A subclass is known by its `name` once it is defined: nothing else lists it."""
 
+    name: str
+    path: ClassVar[str]
+    """Where its module is, so that reading a config imports no torch."""
+    of_regions: ClassVar[bool] = False
+    """Nothing but the padding of convolutions leads around the globe. (The windows of attention are laid around it.)"""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        MODELS[get_args(cls.model_fields["name"].annotation)[0]] = cls
+
+
+MODELS: dict[str, type[OwnModel]] = {}
+"""The blocks of the package's own models, by name."""
+
+
+class UNet(OwnModel):
     name: Literal["unet"]
+    path = "credit.models.unet.UNet"
+    of_regions = True
     width: Channels = 32
     """Channels on the full grid; doubled at every level."""
     levels: Halvings = 2
@@ -41,10 +59,23 @@ class UNet(Block):
         return self
 
 
-class Transformer(Block):
-    """`credit.models.transformer.WindowTransformer`."""
+class DiffusionUNet(UNet):
+    name: Literal["unet_diffusion"]  # type: ignore[assignment]
+    path = "credit.models.unet_diffusion.DiffusionUNet"
+    width: EvenChannels = 32
+    heads: Annotated[int, Field(strict=True, ge=0, le=MOST_CHANNELS)] = 4
+    """Heads of attention between all points of the coarsest grid; 0 for none."""
 
+    @model_validator(mode="after")
+    def _heads_divide(self) -> DiffusionUNet:
+        if self.heads and self.width * 2**self.levels % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width x 2^levels, {self.width * 2**self.levels}")
+        return self
+
+
+class Transformer(OwnModel):
     name: Literal["transformer"]
+    path = "credit.models.transformer.WindowTransformer"
     width: EvenChannels = 64
     """Channels of the blocks, on the halved grid."""
     depth: Layers = 4
@@ -63,10 +94,11 @@ class Transformer(Block):
         return self
 
 
-class WXFormer(Block):
-    """`credit.models.wxformer.WXFormer`. Lists have an entry for each stage of the encoder."""
+class WXFormer(OwnModel):
+    """Lists have an entry for each stage of the encoder."""
 
     name: Literal["wxformer"]
+    path = "credit.models.wxformer.WXFormer"
     widths: Annotated[list[Channels], Field(min_length=1, max_length=16)] = [64, 128, 256, 512]
     """Channels of the stages; `head_width` and `groups` must divide them."""
     depths: list[Layers] = [2, 2, 8, 2]
@@ -109,28 +141,12 @@ class WXFormer(Block):
         return self
 
 
-class DiffusionUNet(UNet):
-    """`credit.models.unet_diffusion.DiffusionUNet`."""
-
-    name: Literal["unet_diffusion"]  # type: ignore[assignment]
-    width: EvenChannels = 32
-    heads: Annotated[int, Field(strict=True, ge=0, le=MOST_CHANNELS)] = 4
-    """Heads of attention between all points of the coarsest grid; 0 for none."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> DiffusionUNet:
-        if self.heads and self.width * 2**self.levels % self.heads:
-            raise ValueError(f"heads {self.heads} does not divide width x 2^levels, {self.width * 2**self.levels}")
-        return self
-
-
 _Size = tuple[Count, Count, Count]
 
 
-class Pangu(Block):
-    """`credit.models.pangu.Pangu`."""
-
+class Pangu(OwnModel):
     name: Literal["pangu"]
+    path = "credit.models.pangu.Pangu"
     upper: Count
     """Variables on levels: the first of `data.variables`. The others, and what is given, are the surface."""
     levels: Count
@@ -167,16 +183,6 @@ class Custom(BaseModel):
     name: Text
 
 
-MODELS: dict[str, type[Block]] = {
-    "unet": UNet,
-    "unet_diffusion": DiffusionUNet,
-    "transformer": Transformer,
-    "wxformer": WXFormer,
-    "pangu": Pangu,
-}
-"""The blocks of the package's own models, by name."""
-
-
 def _kind(block: Any) -> str | None:
     """The tag of a `model` block, by its name."""
     name = block.get("name") if isinstance(block, dict) else getattr(block, "name", None)
@@ -185,16 +191,10 @@ def _kind(block: Any) -> str | None:
     return "custom" if "." in name else name if name in MODELS else None
 
 
-Model = Annotated[
-    Annotated[UNet, Tag("unet")]
-    | Annotated[DiffusionUNet, Tag("unet_diffusion")]
-    | Annotated[Transformer, Tag("transformer")]
-    | Annotated[WXFormer, Tag("wxformer")]
-    | Annotated[Pangu, Tag("pangu")]
-    | Annotated[Custom, Tag("custom")],
-    Discriminator(_kind),
-]
-
-
 TAGS: dict[Any, Any] = {**MODELS, "custom": Custom}
 """The kinds of model, which pydantic puts into the place of an error."""
+
+if TYPE_CHECKING:
+    Model = OwnModel | Custom
+else:
+    Model = Annotated[Union[*(Annotated[block, Tag(tag)] for tag, block in TAGS.items())], Discriminator(_kind)]

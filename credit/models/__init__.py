@@ -7,34 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from credit.config.models import Custom, Model
+from credit.config.models import MODELS, Custom, Model
 from credit.domain_parallel import DomainParallelPeriodicConv2d, SharedHalo
 from credit.dotted import load_dotted
 from credit.errors import ConfigError
-from credit.models.pangu import Pangu
 from credit.models.sphere import PeriodicConv2d, reflect_at_all_sides
-from credit.models.transformer import WindowTransformer
-from credit.models.unet import UNet
-from credit.models.unet_diffusion import DiffusionUNet
-from credit.models.wxformer import CrossEmbedLayer, WXFormer
+from credit.models.wxformer import CrossEmbedLayer
 
 DOMAIN_CONVERTERS = {PeriodicConv2d: DomainParallelPeriodicConv2d, CrossEmbedLayer: SharedHalo}
 """For `convert_to_domain_parallel`: the layers of these models that are more than torch's own."""
-
-
-MODELS: dict[str, type[nn.Module]] = {
-    "unet": UNet,
-    "unet_diffusion": DiffusionUNet,
-    "transformer": WindowTransformer,
-    "wxformer": WXFormer,
-    "pangu": Pangu,
-}
-"""The package's own, by `model.name`. Any other name is the dotted path of a user's class."""
-
-
-OF_A_REGION = ("unet", "unet_diffusion")
-"""Those whose only way around the globe is the padding of convolutions. The windows of the others' attention are laid
-around it."""
 
 
 def build_model(
@@ -51,14 +32,14 @@ def build_model(
             model of the package is not for regions.
         ValueError: if the model does not fit the grid.
     """
-    kind = load_model_class(conf.name) if isinstance(conf, Custom) else MODELS[conf.name]
+    kind = load_model_class(conf.name if isinstance(conf, Custom) else conf.path)
     arguments = conf.model_dump(exclude={"name"})
     if isinstance(conf, Custom):
         _check_arguments(conf.name, kind, arguments)
-    elif region and conf.name not in OF_A_REGION:
+    elif region and not conf.of_regions:
         raise ConfigError(
             f"model.name: {conf.name} joins the east to the west, and data.grid is region: take one of "
-            f"{', '.join(OF_A_REGION)}, or a model of your own"
+            f"{', '.join(name for name, block in MODELS.items() if block.of_regions)}, or a model of your own"
         )
     coarsest = min(grid) >> arguments.get("levels", 0)
     if region and not isinstance(conf, Custom) and coarsest < 2:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from credit.checks.parity import place_in
+from credit.config.models import MODELS
 from credit.domain_parallel.parity import verify_parity_at
-from credit.models import DOMAIN_CONVERTERS, MODELS
+from credit.models import DOMAIN_CONVERTERS, load_model_class
 from tests.parallel import curves
 
 DOMAINS = [(1, 2), (1, 3), (1, 4), (2, 1), (2, 2)]
@@ -20,7 +21,7 @@ HEIGHTS = [19, 37, 181]
 def errors(name: str, channels: tuple[int, int], grid: tuple[int, int], tp: int, domain: int, **options: Any) -> dict:
     """Relative errors that are not below 1e-9, in float64; the ranks are threads."""
     torch.manual_seed(0)
-    model = MODELS[name](*channels, grid, **options)
+    model = load_model_class(MODELS[name].path)(*channels, grid, **options)
     return wrong(model, (torch.randn(2, channels[0], *grid),), tp, domain)
 
 

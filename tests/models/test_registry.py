@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from credit.cli import main
 from credit.config import load_config, parse_config
+from credit.config.models import MODELS
 from credit.errors import ConfigError
-from credit.models import MODELS, build_model
+from credit.models import build_model, load_model_class
 from tests.stores import conf, dataset, write_zarr
 
 OWN = """
@@ -117,4 +118,4 @@ def test_the_packages_own_models_take_what_their_blocks_say() -> None:
         raw = conf(Path("run"), Path("s.zarr")) | {"model": block}
         with torch.device("meta"):
             model = build_model(parse_config(raw).model, 5, 2, (96, 192))
-        assert type(model) is MODELS[block["name"]]
+        assert type(model) is load_model_class(MODELS[block["name"]].path)
