@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -56,3 +57,13 @@ def test_what_torch_calls_private_is_used_in_two_files() -> None:
     }
     core = "credit/domain_parallel/torch_private"
     assert found == {f"{core}.py", f"{core}_recording.py"}
+
+
+def test_files_and_functions_are_short() -> None:
+    """Longer ones ask why: they do several things, or one that has a simpler form."""
+    for path in (ROOT / "credit").rglob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") <= 450, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 50, f"{path}: {node.name}"

@@ -163,6 +163,7 @@ def test_a_site_of_ones_own(tmp_path, monkeypatch, capsys) -> None:
     capsys.readouterr()
     assert main(["submit", config, "--site", "own.yaml", "--dry-run"]) == 0
     assert "#SBATCH --partition=gpu\n" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"own.yaml", "own.sh"}, "showing a script writes nothing"
     assert main(["plan", config, "--site", "own.yaml"]) == 0
 
 

@@ -115,23 +115,31 @@ def convert_to_domain_parallel(
         return model
     if shard_dim >= 0:
         raise ValueError(f"shard_dim counts from the end of a field, -2 for latitude; got {shard_dim}")
-    for path, module, convert in _find_sites(model, shard_dim, custom_converters or {}):
-        layer = convert(module)
-        if layer.__dict__ is module.__dict__:
-            module.__class__ = type(layer)
-            layer = module
-        elif path:
-            _replace_everywhere(model, module, layer)
-        else:
-            model = layer
-        if isinstance(layer, DomainParallelLayer):
-            layer.__dict__["_domain_manager"] = manager
+    for site in _find_sites(model, shard_dim, custom_converters or {}):
+        model = _convert_at(model, *site, manager)
     for part in model.modules():
         if part is not model and not isinstance(part, DomainParallelLayer):
             part.register_forward_pre_hook(only_inside, prepend=True)
     answer_functions()
     become(model, DomainParallelRoot)
     model.__dict__["_domain_border"] = Border(manager, shard_dim, fallback)
+    return model
+
+
+def _convert_at(
+    model: nn.Module, path: str, module: nn.Module, convert: Converter, manager: DomainParallelManager
+) -> nn.Module:
+    """`model` with one of its modules converted; another module if that is itself."""
+    layer = convert(module)
+    if layer.__dict__ is module.__dict__:
+        module.__class__ = type(layer)
+        layer = module
+    elif path:
+        _replace_everywhere(model, module, layer)
+    else:
+        model = layer
+    if isinstance(layer, DomainParallelLayer):
+        layer.__dict__["_domain_manager"] = manager
     return model
 
 

@@ -37,6 +37,19 @@ THREADS = 3
 Convert = Callable[[nn.Module, DomainParallelManager], nn.Module]
 
 
+def _manager_of(
+    manager: DomainParallelManager | None, ranks: int | None, cut: Cut | None
+) -> DomainParallelManager | None:
+    """The manager whose ranks compare, or None if threads are to."""
+    if ranks is not None and manager is not None:
+        raise ValueError("give verify_parity a manager, whose ranks are there, or a number of ranks to be made")
+    if ranks is None:
+        manager = manager or get_domain_parallel_manager()
+    if manager is None and cut is not None:
+        raise ValueError("a cut is over ranks that are there: give verify_parity their manager too")
+    return manager
+
+
 def verify_parity(
     model: nn.Module,
     example_inputs: tuple[Any, ...],
@@ -79,12 +92,7 @@ def verify_parity(
             already, cannot be copied, gives no tensors, or is not the same on all domain ranks, or its inputs are not.
         PartitionError: if an input has fewer rows than there are domain ranks.
     """
-    if ranks is not None and manager is not None:
-        raise ValueError("give verify_parity a manager, whose ranks are there, or a number of ranks to be made")
-    if ranks is None:
-        manager = manager or get_domain_parallel_manager()
-    if manager is None and cut is not None:
-        raise ValueError("a cut is over ranks that are there: give verify_parity their manager too")
+    manager = _manager_of(manager, ranks, cut)
     convert = partial(
         convert_to_domain_parallel, shard_dim=shard_dim, custom_converters=custom_converters, fallback=fallback
     )

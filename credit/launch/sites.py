@@ -159,6 +159,21 @@ def script_name(name: str, scheduler: Scheduler | None = None) -> str:
     return f"{stem}.pbs" if stem == "derecho" and scheduler != "slurm" else f"{stem}.sh"
 
 
+def _template(name: str) -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HPC),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    what = f"the site {name}'s queue or constraint"
+    environment.filters |= {"quote": quote, "directive": partial(directive, what=what)}
+    return environment.get_template("job.sh.j2")
+
+
 def job_script(
     name: str,
     scheduler: Scheduler | None = None,
@@ -181,23 +196,13 @@ def job_script(
     Raises:
         ConfigError: if there is no such site, or a value cannot stand where it belongs.
     """
-    import jinja2
-
     site = load_site(name)
     chosen = scheduler or site.scheduler
     file = script_name(name, chosen)
     if chosen != site.scheduler:  # queues, constraints and the launcher mean nothing to another scheduler
         site = site.model_copy(update={"scheduler": chosen, "queue": None, "constraint": None, "launch": SRUN})
     each = ranks or site.gpus_per_node
-    loader = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HPC),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    loader.filters |= {"quote": quote, "directive": partial(directive, what=f"the site {name}'s queue or constraint")}
-    return loader.get_template("job.sh.j2").render(
+    return _template(name).render(
         site=site,
         name=Path(file).stem,
         file=file,

@@ -13,7 +13,7 @@ from typing import Any
 
 from credit.boundary import bounded
 from credit.bounds import MOST
-from credit.config import load_config
+from credit.config import Config, load_config
 from credit.errors import ConfigError, LaunchError, Stopped
 from credit.launch.secret import VARIABLE
 from credit.launch.shell import command, quote, words
@@ -124,13 +124,7 @@ def submit(
     checked = load_config(config, changes)
     known = load_site("generic_slurm" if site == LOCAL else site)
     ranks = ranks_per_node or (1 if site == LOCAL else known.gpus_per_node)
-    for name, number in {"nodes": nodes, "ranks_per_node": ranks}.items():
-        if type(number) is not int or not 1 <= number <= MOST:
-            raise ConfigError(f"is {number!r}, and must be a whole number from 1 to {MOST}", name)
-    try:
-        mesh_shape(checked.trainer.parallelism.model_dump(), nodes * ranks)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    _check_layout(checked, nodes, ranks)
     if walltime is not None:
         known = checked_site({**known.model_dump(), "walltime": walltime}, "the time of the job")
     task = TrainTask(str(Path(config).absolute()), changes)
@@ -139,6 +133,16 @@ def submit(
     if site == LOCAL:
         return _submit_locally(order)
     return _qsub(order) if known.scheduler == "pbs" else _sbatch(order)
+
+
+def _check_layout(config: Config, nodes: int, ranks: int) -> None:
+    for name, number in {"nodes": nodes, "ranks_per_node": ranks}.items():
+        if type(number) is not int or not 1 <= number <= MOST:
+            raise ConfigError(f"is {number!r}, and must be a whole number from 1 to {MOST}", name)
+    try:
+        mesh_shape(config.trainer.parallelism.model_dump(), nodes * ranks)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _sbatch(order: _Order) -> Submission | str:
@@ -150,7 +154,6 @@ def _sbatch(order: _Order) -> Submission | str:
         image = str(order.container)
         python = "python" if site.container_is_option else f"{command(site.container, image=quote(image))} python"
         options += words(site.container, image=image) if site.container_is_option else []
-    order.folder.mkdir(parents=True, exist_ok=True)
     # It refuses to be made where there is no srun. A dry run needs none, and without sbatch `submit` says so.
     kind = type("SlurmExecutor", (submitit.SlurmExecutor,), {"affinity": classmethod(lambda cls: 2)})
     executor = kind(folder=order.folder, python=python, max_num_timeout=1000)
@@ -180,6 +183,7 @@ def _sbatch(order: _Order) -> Submission | str:
     if order.dry_run:
         shown = f"{python} -u -m submitit.core._submit {quote(order.folder)}"
         return executor._make_submission_file_text(shown, "dry-run")
+    order.folder.mkdir(parents=True, exist_ok=True)
     try:
         job = executor.submit(order.task)
     except (subprocess.CalledProcessError, FileNotFoundError, submitit.core.utils.FailedJobError) as error:
