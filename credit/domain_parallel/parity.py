@@ -67,9 +67,7 @@ def verify_parity(
 ) -> ParityReport:
     """Compare `model` converted, on shards, with `model` on whole fields.
 
-    Without a manager, by itself: threads of this process are the ranks, and the numbers are those of processes.
-    Otherwise to be called on every domain rank of the manager.
-
+    Without a manager, threads of this process are the ranks; otherwise every domain rank of the manager calls this.
     Compared are outputs, gradients of inputs and of parameters under random cotangents, and buffers afterwards. All
     work is done on copies in `dtype`, `model` and the random generators stay as they are. In the copies, trainable
     parameters that are all zero are drawn at random: a head that starts as the zero map would hide all before it.
@@ -80,7 +78,7 @@ def verify_parity(
         example_inputs: what to call it with: the same whole fields on every domain rank, of any floating type.
         manager: of the domain group; the global one by default. On one rank the plain model is run twice.
         shard_dim: as in `convert_to_domain_parallel`, like `custom_converters` and `fallback`.
-        kwargs: what to call it with by name.
+        kwargs: more of them, by name.
         tolerance: the largest error that counts as exact; see `ParityReport.errors`.
         seed: of what the model draws, and of the cotangents.
         cut: what else is done to the sharded model, before it is converted; over ranks that have a manager.
@@ -88,8 +86,8 @@ def verify_parity(
 
     Raises:
         ValueError: if both a manager and a number of ranks are given, or a cut without a manager.
-        DomainParallelError: on every rank, if something in the model is refused, or if the model is converted
-            already, cannot be copied, gives no tensors, or is not the same on all domain ranks, or its inputs are not.
+        DomainParallelError: on every rank, if the model has something that is refused, is converted already, cannot be
+            copied, gives no tensors, or is not the same on all domain ranks, or its inputs are not.
         PartitionError: if an input has fewer rows than there are domain ranks.
     """
     manager = _manager_of(manager, ranks, cut)
