@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from credit.errors import CreditError, Stopped, UnforeseenError
+from credit.errors import CreditError, HeardByFewError, Stopped, UnforeseenError
 
 CAUGHT = (Exception, SystemExit)
 """What does not leave a verb: a module of the user's may call sys.exit, and would end a rank with a code of its own."""
@@ -138,8 +138,8 @@ def _speaks(error: BaseException, ours: CreditError) -> bool:
     """All ranks know the same error by now, and one says it. Without ranks this is the only process."""
     from credit.launch.ranks import speaks
 
-    if getattr(error, "speaks", None) is not None:
-        return error.speaks  # type: ignore[attr-defined]
+    if isinstance(error, HeardByFewError):
+        return error.speaks
     if _is_of_this_rank(error):
         from credit.launch.failure import is_first_to_say
 

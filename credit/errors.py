@@ -49,6 +49,14 @@ class LaunchError(CreditError):
     """The ranks were started in a way that cannot give a right result."""
 
 
+class HeardByFewError(LaunchError):
+    """Rank 0 may not be there to say it. `speaks` is true on the rank that does."""
+
+    def __init__(self, what: str, where: str = "", fix: str = "", speaks: bool = True) -> None:
+        super().__init__(what, where, fix)
+        self.speaks = speaks
+
+
 class CheckpointError(CreditError):
     """A checkpoint cannot be read, or belongs to another run."""
 

@@ -23,6 +23,8 @@ from credit.config import load_config, parse_config
 from credit.config.fields import parse_hours
 from credit.data.prepare import write_statistics
 from credit.errors import CheckpointError, ConfigError, DataError, LaunchError, Stopped, UnforeseenError
+from credit.launch.failure import PeerLostError
+from credit.launch.rendezvous import NotMetError
 from credit.parallel.checkpoint import MANIFEST, list_checkpoints, newest_good_checkpoint
 from credit.reading import parse_yaml, read_yaml
 from credit.status import FILE, read_status
@@ -135,11 +137,13 @@ def test_an_error_of_ours_goes_to_others_whole() -> None:
     import pickle
 
     problems = [ConfigError("missing", "a.b"), ConfigError("odd", "c", "even")]
-    for error in (LaunchError("x", "y", "z"), ConfigError("p; q", "f.yaml", problems=problems), UnforeseenError("u")):
+    one = (LaunchError("x", "y", "z"), ConfigError("p; q", "f.yaml", problems=problems), UnforeseenError("u"))
+    for error in (*one, PeerLostError("v", speaks=False), NotMetError("w", speaks=False)):
         back = pickle.loads(pickle.dumps(error))
         assert (type(back), str(back), back.where, back.fix) == (type(error), str(error), error.where, error.fix)
         if isinstance(error, ConfigError):
             assert [str(one) for one in back.problems] == ["a.b: missing", "c: odd; even"]
+        assert getattr(back, "speaks", None) == getattr(error, "speaks", None)
 
 
 @pytest.fixture

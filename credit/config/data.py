@@ -20,7 +20,7 @@ from credit.config.fields import (
     ProcessesOrNone,
     Real,
     Text,
-    Value,
+    ValueOrMask,
     parse_hours,
 )
 
@@ -64,7 +64,7 @@ class Data(Block):
     hold: Annotated[dict[str, str], OF_THE_RUN] = {}
     """Of forcings that are stored less often than every step: how long a value holds, such as "1d"; the newest is
     taken, and none that is older than that."""
-    missing: Annotated[dict[str, Value | Literal["mask"]], OF_THE_RUN] = {}
+    missing: Annotated[dict[str, ValueOrMask], OF_THE_RUN] = {}
     """Of variables with values that are missing: a number to take in their place; or mask, of places that always are,
     such as land of a sea surface temperature: left out of loss, statistics and scores, and missing in forecasts."""
     stats: Text | None = None

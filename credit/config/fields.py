@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -52,7 +53,17 @@ Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Positive = Annotated[float, Field(strict=True, gt=0, le=LARGEST)]
 NotNegative = Annotated[float, Field(strict=True, ge=0, le=LARGEST)]
 Real = Annotated[float, Field(strict=True, ge=-LARGEST, le=LARGEST)]
-Value = Annotated[float, Field(strict=True, ge=-LARGEST_VALUE, le=LARGEST_VALUE)]
+
+
+def _is_a_value_or_mask(given: Any) -> Any:
+    number = type(given) in (int, float) and abs(given) <= LARGEST_VALUE
+    if not (number or given == "mask"):
+        raise ValueError(f"must be a number of at most {LARGEST_VALUE:g}, or mask, got {reprlib.repr(given)}")
+    return given
+
+
+ValueOrMask = Annotated[float | Literal["mask"], BeforeValidator(_is_a_value_or_mask)]
+"""A union's own words would name the kinds of pydantic."""
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
 """A name or a path: one line, of something."""

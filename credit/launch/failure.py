@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from credit.domain_parallel.torch_private import default_store
-from credit.errors import LaunchError
+from credit.errors import HeardByFewError
 from credit.layout import MeshShape, Seat, mesh_coords
 
 ROLL_CALL_S, QUIET_S = 10.0, 1.0
@@ -26,12 +26,8 @@ _LOST = (
 )
 
 
-class PeerLostError(LaunchError):
-    """A rank ended or hangs. `speaks` is true on the first of those that are left."""
-
-    def __init__(self, message: str, speaks: bool) -> None:
-        super().__init__(message)
-        self.speaks = speaks
+class PeerLostError(HeardByFewError):
+    """A rank ended or hangs; the first of those that are left says so."""
 
 
 @contextmanager
@@ -44,9 +40,7 @@ def naming_lost_peers(rank: int, seats: Sequence[Seat], shape: MeshShape, timeou
             raise
         silent = _silent(rank, len(seats))
         if silent is None:
-            raise PeerLostError(
-                f"the ranks' common store on {seats[0].host} is gone: rank 0 ended there", True
-            ) from error
+            raise PeerLostError(f"the ranks' common store on {seats[0].host} is gone: rank 0 ended there") from error
         if not silent:
             raise
         lines = "; ".join(f"rank {lost} on {seats[lost].host} {_coords(shape, lost)}" for lost in silent[:8])
@@ -55,7 +49,7 @@ def naming_lost_peers(rank: int, seats: Sequence[Seat], shape: MeshShape, timeou
         raise PeerLostError(
             f"{lines}{more} does not answer: it ended (see its own message, or the node's log), or it has been stuck "
             f"for {timeout:g} s (trainer.timeout). Run the same command again to go on from the newest checkpoint",
-            rank == first,
+            speaks=rank == first,
         ) from error
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
-from credit.errors import LaunchError
+from credit.errors import HeardByFewError, LaunchError
 from credit.launch import secret as common
 from credit.launch.greeting import GREETING_S, Visit, Visitor
 from credit.launch.network import addresses, resolve
@@ -38,12 +38,8 @@ GRACE_S = 5.0
 """Rank 0 gives up at the deadline, and its word should arrive at the others."""
 
 
-class NotMetError(LaunchError):
-    """A rank did not find the others. Rank 0 may not be there to say so: the first rank of each node does."""
-
-    def __init__(self, message: str, speaks: bool) -> None:
-        super().__init__(message)
-        self.speaks = speaks
+class NotMetError(HeardByFewError):
+    """A rank did not find the others; the first rank of each node says so."""
 
 
 class Arrival(NamedTuple):
