@@ -46,11 +46,7 @@ def test_there_are_configs() -> None:
         ("data.missing", {"a": "ask"}, "data.missing.a: must be a number of at most 1e+30, or mask, got 'ask'"),
         ("data.missing", {"a": float("nan")}, "data.missing.a: must be a number of at most 1e+30, or mask, got nan"),
         ("model.width", 6, "model: groups 2 does not divide width 6"),
-        (
-            "model.name",
-            "unett",
-            "model.name: must be one of unet, unet_diffusion, transformer, wxformer, pangu, or",
-        ),
+        ("model.name", "unett", "model.name: must be one of unet, unet_diffusion, transformer, wxformer, pangu"),
         ("model", {"name": "wxformer", "width": 8}, "model.width: unknown key; did you mean 'widths'?"),
         ("model", {"name": "wxformer", "depths": [1]}, "model: depths has 1 entries, and widths has 4"),
         ("model", {"name": "wxformer", "head_width": 48}, "model: head_width 48 does not divide width 64"),
@@ -62,7 +58,7 @@ def test_there_are_configs() -> None:
         (
             "model",
             "unet",
-            "model.name: must be one of unet, unet_diffusion, transformer, wxformer, pangu, or",
+            "model.name: must be one of unet, unet_diffusion, transformer, wxformer, pangu",
         ),
         (
             "trainer.loss.kind",
