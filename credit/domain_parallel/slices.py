@@ -83,7 +83,7 @@ def slice_model(
     """`slices` from now on."""
     if number < 1:
         raise ValueError(f"a model runs on one slice at least, not {number}")
-    if isinstance(model, DomainParallelRoot) or "forward" in vars(model):
+    if number > 1 and (isinstance(model, DomainParallelRoot) or "forward" in vars(model)):
         raise DomainParallelError("slices take the plain model: this one is converted, or sliced, already")
     if parking is None:
         parking = Parking(place_for(next((p.device for p in model.parameters()), torch.device("cpu"))))
@@ -130,7 +130,7 @@ class Sliced:
     def run(self, world: ThreadWorld, function: Callable[[], None]) -> None:
         """function() on every slice, in the caller's modes."""
         modes = [mode for mode in dispatch_modes() if hasattr(mode, "of_slice")]
-        kinds = {"cpu", *(p.device.type for p in self.model.parameters())}
+        kinds = {"cpu", *(p.device.type for p in self.model.parameters())} - {"meta"}
         casts = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
 
         def on_slice() -> None:
