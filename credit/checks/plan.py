@@ -7,18 +7,16 @@ from dataclasses import dataclass
 from credit.checks.parity import assumption, model_shape
 from credit.config import Config
 from credit.errors import ConfigError
-from credit.models import DOMAIN_CONVERTERS, build_model
 from credit.parallel.collectives import USER_ERRORS
 from credit.parallel.mesh import MeshShape
-from credit.parallel.plan import Planner, StepCost, Work
+from credit.parallel.plan import StepCost
+from credit.training.slicing import HEADROOM, planner_of, sliced_costs
 
 GB, MB = 1e9, 1e6
 INSIDE_BYTES_PER_S, ACROSS_BYTES_PER_S = 200e9, 25e9
 """Assumed of a device's links: NVLink 3 (A100, 300 GB/s a direction, two thirds of it), one 200 Gbit/s network port."""
 FLOPS_PER_S = {"bf16": 100e12, "none": 10e12}
 """Assumed of a device, by `trainer.amp`: a third of what an A100 multiplies in bfloat16, half of it in float32."""
-HEADROOM = 0.9
-"""Share of a device's memory that a step may take; the rest is for the libraries and fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +66,33 @@ def plan(config: Config, gpus: int, gpu_memory: float, gpus_per_node: int) -> st
     return "\n".join([*_table(layouts, gpu_memory), "", _recommendation(layouts, gpu_memory), *notes])
 
 
-def planner_of(config: Config, shape: tuple[int, int, tuple[int, int]]) -> Planner:
-    """Of the config's model and training.
+def plan_slices(config: Config, memory: float | None) -> str:
+    """The table of numbers of slices on one device, and which to take where it has `memory` GB.
 
-    Args:
-        shape: see `model_shape`.
+    Raises:
+        ConfigError: if the model cannot be sliced.
     """
-    in_channels, out_channels, (latitudes, longitudes) = shape
-    trainer = config.trainer
-    return Planner(
-        lambda rows: build_model(config.model, in_channels, out_channels, (rows, longitudes), config.data.is_region),
-        (in_channels, latitudes, longitudes),
-        trainer,
-        Work(trainer.batch_size, trainer.rollout, trainer.rollout_detach, trainer.loss.ensemble),
-        DOMAIN_CONVERTERS,
-    )
+    planner, lines = planner_of(config, model_shape(config)), []
+    for name, is_training in (("forecast", False), ("train", True)):
+        try:
+            costs = [*sliced_costs(planner, is_training)]
+        except (*USER_ERRORS, ValueError) as error:
+            raise ConfigError(f"{config.model.name} cannot be sliced: {str(error).splitlines()[0]}") from None
+        lines += [
+            f"credit {name} --slices N, GB of a step:",
+            "  slices   at most  of plain   resting  copied",
+            *(
+                f"{cost.number:8d} {cost.memory / GB:9.3f} {cost.memory / costs[0].memory:9.2f} "
+                f"{cost.resting / GB:9.3f} {cost.moved / GB:7.3f}"
+                for cost in costs
+            ),
+            "",
+        ]
+        if memory is not None:
+            fitting = next((cost.number for cost in costs if cost.memory <= HEADROOM * memory * GB), None)
+            room = f"{HEADROOM:.0%} of {memory:g} GB"
+            lines[-1:] = [f"None fits into {room}." if fitting is None else f"{fitting} fit into {room}.", ""]
+    return "\n".join([*lines, *filter(None, [assumption(config)])]).rstrip()
 
 
 def _shapes(gpus: int) -> list[MeshShape]:

@@ -15,7 +15,6 @@ from torch import nn
 
 from credit.boundary import CAUGHT, leave_tracebacks_in
 from credit.checks.parity import model_shape
-from credit.checks.plan import planner_of
 from credit.config import Config, load_config
 from credit.data.dataset import Fields
 from credit.data.prepare import is_made, load_fields_statistics, open_fields
@@ -33,6 +32,7 @@ from credit.status import read_status
 from credit.training.log import refuse_missing_tensorboard
 from credit.training.loss import LatitudeWeightedLoss
 from credit.training.schedule import Schedule
+from credit.training.slicing import planner_of
 
 Shape = tuple[int, int, tuple[int, int]]
 """See `model_shape`."""

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from credit.commands.verb import add_verb, load, refuse_contradictions
+from credit.commands.verb import add_slices, add_verb, load, refuse_contradictions
 from credit.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -26,6 +26,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--from", dest="source", action="append", metavar="STORE", help="store to start from; repeatable"
     )
+    add_slices(parser)
     parser.add_argument("--at", metavar="LAT,LON", help="with --start: the series at a place too, such as 52.5,13.4")
     parser.add_argument("--weights", metavar="FILE", help="of credit export, in place of the run's checkpoint")
 

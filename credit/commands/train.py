@@ -7,12 +7,13 @@ from typing import Any
 
 from credit.bounds import whole
 from credit.commands import check
-from credit.commands.verb import add_verb, load, refuse_contradictions
+from credit.commands.verb import add_slices, add_verb, load, refuse_contradictions
 
 
 def add(verbs: Any) -> None:
     parser = add_verb(verbs, "train", run, "train the model; run the same command again to resume")
     parser.add_argument("--dry-run", action="store_true", help="credit check instead: start nothing")
+    add_slices(parser)
     parser.add_argument("--ranks", type=whole(), default=None, help="with --dry-run: of so many ranks")
     parser.add_argument(
         "--profile", type=whole(0), default=0, metavar="STEPS", help="write a chrome trace of some steps"

@@ -36,6 +36,18 @@ def add_verb(
     return parser
 
 
+def add_slices(parser: argparse.ArgumentParser) -> None:
+    """--slices, which is a change of the config like those of --set."""
+    parser.add_argument(
+        "--slices",
+        dest="set",
+        action="append",
+        type=lambda given: f"trainer.slices={given}",
+        metavar="N",
+        help="latitude slices that take turns on a device the model does not fit; auto: as few as fit",
+    )
+
+
 def load(arguments: argparse.Namespace) -> Any:
     from credit.config import load_config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
-from credit.config.fields import OF_THE_RUN, Block, Count, Flag, ProcessesOrNone
+from credit.config.fields import OF_THE_RUN, Block, Count, Flag, Processes, ProcessesOrNone
 
 
 class Parallelism(Block):
@@ -32,6 +32,9 @@ class Sharding(Block):
     record: Flag = False
     """Write down, once, what a model that is cut by tensor or domain does in a step, and replay it: the same bits with
     less work in Python. It takes seconds to minutes first. Not with fsdp2."""
+    slices: Literal["auto"] | Processes = 1
+    """Latitude slices that take turns on one device, each with the memory of one: the same numbers from a device that
+    the model does not fit. auto: as few as fit its free memory. Without tensor, domain, fsdp2, compile and record."""
     shard_over: Literal["dp_domain", "dp"] = "dp_domain"
     """The ranks over which fsdp2 shards parameters and optimiser states."""
     reshard_after_forward: Flag = True

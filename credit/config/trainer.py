@@ -133,3 +133,21 @@ class Trainer(Sharding):
         if self.compile and self.activation_checkpointing:
             raise ValueError("compile and activation_checkpointing do not go together: leave one of them out")
         return self
+
+    @model_validator(mode="after")
+    def _slices(self) -> Trainer:
+        parallelism = self.parallelism
+        others = {
+            f"parallelism.tensor: {parallelism.tensor}": parallelism.tensor > 1,
+            f"parallelism.domain: {parallelism.domain}": parallelism.domain > 1,
+            "parallelism.data: fsdp2": parallelism.data == "fsdp2",
+            "compile": self.compile,
+            "record": self.record,
+        }
+        found = [name for name, is_set in others.items() if is_set]
+        if self.slices != 1 and found:
+            raise ValueError(
+                f"slices: {self.slices} is of a whole model on one device, and does not go together with {found[0]}: "
+                f"leave one of them out"
+            )
+        return self

@@ -28,6 +28,7 @@ from credit.domain_parallel.parity import verify_parity
 from credit.domain_parallel.parity_report import ParityReport
 from credit.domain_parallel.record import record
 from credit.domain_parallel.sharding import gather_tensor, reshard_tensor, shard_batch, shard_tensor
+from credit.domain_parallel.slices import slices
 
 __all__ = [
     "DomainParallelConv2d",
@@ -50,6 +51,7 @@ __all__ = [
     "reshard_tensor",
     "shard_batch",
     "shard_tensor",
+    "slices",
     "validate_sharding_constraints",
     "verify_parity",
 ]

@@ -130,9 +130,8 @@ def _on_threads(comparison: _Comparison, ranks: int, places: Callable[[ThreadWor
         try:
             return world.run(lambda: comparison.report(places(world)))[0]
         except RankError as error:
-            first, *others = error.errors.values()
-            if isinstance(first, DomainParallelError | PartitionError) and {*map(str, others)} <= {str(first)}:
-                raise first from None
+            if isinstance(error.alike, DomainParallelError | PartitionError):
+                raise error.alike from None
             raise
 
 

@@ -129,26 +129,26 @@ class Border:
 
     def leave(self, output: Any) -> Any:
         """This rank's rows of the fields in `output`, whatever holds them."""
-        return closed(tree_map(self._leave, opened(output), is_leaf=lambda x: isinstance(x, Tensor)))
+        return closed(tree_map(lambda x: self.left(x)[0], opened(output), is_leaf=lambda x: isinstance(x, Tensor)))
 
-    def _leave(self, x: Any) -> Any:
+    def left(self, x: Any) -> tuple[Any, int | None]:
+        """What leaves of one value, and the length of the whole if that is cut."""
         x = as_whole(x)
         if not isinstance(x, Tensor):
-            return x
+            return x, None
+        length = x.shape[self.shard_dim] if self.is_field(x) else 0
+        is_cut = length >= self.group.size
         if isinstance(x, Slab):
             if type(x) is not Slab:
                 with rules_of(type(x)):
                     refuse("leaving the model", "its output must be whole but for its rows")
-            if not self.is_field(x):
-                return Once.apply(whole(x), self.group)
-            axis = x.ndim + self.shard_dim
-            if x.shape[axis] >= self.group.size:
-                return plain(reshard(x, axis)).local
-            return Once.apply(whole(x), self.group)
-        if self.is_field(x) and x.shape[self.shard_dim] >= self.group.size:
-            rows = Partition(x.shape[self.shard_dim], self.group.size).range(self.group.rank)
-            return x.narrow(self.shard_dim, rows.start, len(rows))
-        return Once.apply(x, self.group)
+            if is_cut:
+                return plain(reshard(x, x.ndim + self.shard_dim)).local, length
+            return Once.apply(whole(x), self.group), None
+        if is_cut:
+            rows = Partition(length, self.group.size).range(self.group.rank)
+            return x.narrow(self.shard_dim, rows.start, len(rows)), length
+        return Once.apply(x, self.group), None
 
     def _describe(self, leaf: Any) -> Any:
         """What must agree across the domain group, and may decide a model's path through its layers."""

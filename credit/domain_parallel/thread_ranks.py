@@ -49,6 +49,13 @@ class RankError(RuntimeError):
         lines = [f"--- rank {rank}\n{''.join(traceback.format_exception(error))}" for rank, error in errors.items()]
         super().__init__("\n".join(lines))
 
+    @property
+    def alike(self) -> BaseException | None:
+        """What all of them raised, if that is the same."""
+        first, *others = self.errors.values()
+        same = all(type(other) is type(first) and str(other) == str(first) for other in others)
+        return first if same else None
+
 
 class _AbandonedError(DeadlockError):
     """This rank waits for one that has failed."""
@@ -110,16 +117,21 @@ class _Box:
     taken: dict[int, int] = field(default_factory=dict)
     messages: dict[tuple[int, int, bool], list[Tensor]] = field(default_factory=dict)
 
+    def empty(self) -> None:
+        for part in (self.called, self.given, self.taken, self.messages):
+            part.clear()
+
 
 class ThreadWorld:
     """See `thread_ranks`.
 
     Attributes:
         size: how many ranks.
+        at_hand_over: called by a rank before another runs.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, at_hand_over: Callable[[], None] = lambda: None) -> None:
+        self.size, self.at_hand_over = size, at_hand_over
         self._ranks: list[_Rank] = []
         self._generators = [Generators() for _ in range(size)]
         self._boxes: dict[tuple[int, ...], _Box] = {}
@@ -148,7 +160,8 @@ class ThreadWorld:
         before = Generators()
         for generators in self._generators:
             generators.stand_where(before)
-        self._boxes.clear()
+        for box in self._boxes.values():  # which groups of an earlier run have, too
+            box.empty()
         self._stuck = None
         self._ranks = [_Rank(generators) for generators in self._generators]
         grad = torch.is_grad_enabled()
@@ -194,6 +207,7 @@ class ThreadWorld:
             with as_rank(DomainParallelManager.of_group(self.group())), torch.set_grad_enabled(grad), alone:
                 rank.generators.restore()
                 rank.result = function(*args, **kwargs)
+                self.at_hand_over()
         except BaseException as error:
             rank.error = error
         rank.ended = True
@@ -205,6 +219,7 @@ class ThreadWorld:
             return
         number = self.rank
         rank = self._ranks[number]
+        self.at_hand_over()
         rank.ready, rank.awaits, rank.in_backward = ready, awaits, inside_backward()
         rank.generators.save()
         self._hand_over(number)

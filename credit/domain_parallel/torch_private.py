@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import (
     register_pytree_node,
     tree_flatten,
@@ -27,12 +28,14 @@ __all__ = [
     "NN",
     "BatchNorm",
     "TorchDispatchMode",
+    "TorchFunctionMode",
     "allow_recompiles",
     "bound_default_group",
     "compiled",
     "compute_local_shape_and_global_offset",
     "default_store",
     "default_timeout",
+    "dispatch_modes",
     "foreach_lerp_",
     "foreach_mul_",
     "foreach_norm",
@@ -41,6 +44,7 @@ __all__ = [
     "make_wrapper_subclass",
     "no_dispatch_modes",
     "no_torch_function",
+    "no_torch_function_here",
     "register_pytree_node",
     "schemas",
     "torch_function_off",
@@ -66,10 +70,16 @@ torch_function_off: Any = torch._C.DisableTorchFunctionSubclass
 torch_function_on: Any = torch._C._EnableTorchFunction
 """A context, within the one above, in which they are not."""
 
+no_torch_function_here: Any = torch._C.DisableTorchFunction
+"""A context in which function modes, too, are off."""
+
 no_torch_function: Any = torch._C._disabled_torch_function_impl
 """The `__torch_function__` of a subclass that only carries a name."""
 
 no_dispatch_modes = _disable_current_modes
+
+dispatch_modes = _get_current_dispatch_mode_stack
+"""Those that are on in this thread, the outermost first."""
 
 make_wrapper_subclass: Any = torch.Tensor._make_wrapper_subclass
 """A tensor of any shape that has no storage."""

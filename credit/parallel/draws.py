@@ -94,6 +94,10 @@ class _Draws(TorchDispatchMode):
     def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
 
+    def of_slice(self, rank: int) -> _Draws:
+        """For a slice of a device (`credit.domain_parallel.slices`): each draws what the whole does."""
+        raise NotImplementedError
+
 
 class Recorded(_Draws):
     """While it lasts, draws are done as torch does them, and listed.
@@ -105,6 +109,9 @@ class Recorded(_Draws):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[Seen] = []
+
+    def of_slice(self, rank: int) -> Recorded:
+        return self if rank == 0 else Recorded()
 
     def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = _seen(func, args)
@@ -126,6 +133,9 @@ class SampleDraws(_Draws):
     def __init__(self, plan: Plan, samples: Sequence[tuple[int, ...]]) -> None:
         super().__init__()
         self.plan, self.samples = plan, samples
+
+    def of_slice(self, rank: int) -> SampleDraws:
+        return SampleDraws(self.plan, self.samples)
 
     def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         seen = _seen(func, args)

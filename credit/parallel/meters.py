@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from typing import Any
 
@@ -11,22 +10,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from credit.domain_parallel.parking import Live, storages
 from credit.domain_parallel.torch_private import TorchDispatchMode, tree_leaves
 
 
-class Meter(TorchDispatchMode):
+class Meter(Live, TorchDispatchMode):
     """Counts what is done while it is on: floating-point operations of convolutions and products of matrices, `flops`;
     bytes of storages that are made and alive, `now`, and at most, `peak`."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.flops = self.now = self.peak = 0
-        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-
-    def ignore(self, tensors: Any) -> None:
-        """Leave these out: they were there before."""
-        for tensor in tensors:
-            self._known[tensor.untyped_storage()] = 0
+        Live.__init__(self)
+        TorchDispatchMode.__init__(self)
+        self.flops = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -34,22 +29,9 @@ class Meter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._meet(leaf.untyped_storage())
+        for storage in storages((out,)):
+            self.meet(storage)
         return out
-
-    def _meet(self, storage: Any) -> None:
-        if storage in self._known:
-            return
-        size = storage.nbytes()
-        self._known[storage] = size
-        weakref.finalize(storage, self._drop, size)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def _drop(self, size: int) -> None:
-        self.now -= size
 
 
 class Wire(TorchDispatchMode):

@@ -20,6 +20,7 @@ from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
 from credit.domain_parallel.gathered import gathers_recorded
 from credit.domain_parallel.groups import CountingRanks, Traffic
 from credit.domain_parallel.manager import DomainParallelManager
+from credit.domain_parallel.slices import slices
 from credit.errors import ConfigError
 from credit.parallel.channels import ChannelGroup
 from credit.parallel.fsdp2 import fsdp_blocks, recompute_activations
@@ -59,6 +60,23 @@ class StepCost:
     @property
     def memory(self) -> int:
         return self.parameters + self.optimizer + self.step
+
+
+@dataclass(frozen=True)
+class SlicedCost:
+    """Of one device, on which a model runs on slices that take turns. Bytes.
+
+    Attributes:
+        number: of slices; 1 is the plain model.
+        memory: at the worst moment of a step of training, or of a forecast, parameters and optimiser included.
+        resting: of what waits elsewhere, at most.
+        moved: copied there and back in a step.
+    """
+
+    number: int
+    memory: int
+    resting: int
+    moved: int
 
 
 @dataclass(frozen=True)
@@ -147,6 +165,42 @@ class Planner:
             gathered=found.gathered,
         )
 
+    def sliced(self, number: int, is_training: bool, replicas: int = 1) -> SlicedCost:
+        """The cost of a whole model on slices of one device: all of them run, on tensors without values.
+
+        Args:
+            number: of slices; 1 for none.
+            is_training: a step of training; one of a forecast if not, of one sample.
+            replicas: that share a batch.
+
+        Raises:
+            DomainParallelError: if something in the model is refused.
+            ConfigError: if the batch does not divide over the replicas.
+        """
+        sharding, work = self.sharding, self.work
+        samples, rest = divmod(work.samples, replicas * sharding.accumulate)
+        if rest:
+            raise ConfigError(f"batch_size {work.samples} does not divide by dp x accumulate {sharding.accumulate}")
+        dtype = torch.bfloat16 if sharding.amp == "bf16" else getattr(torch, sharding.dtype)
+        channels, latitudes, longitudes = self.field
+        with torch.device("meta"):
+            model = self.build(latitudes)
+        blocks = fsdp_blocks(model)
+        if sharding.activation_checkpointing:
+            recompute_activations(blocks)
+        model.to(dtype)
+        stored = _Weights(model, blocks, sharding).stored
+        batch = samples * work.members if is_training else 1
+        x = torch.zeros(batch, channels, latitudes, longitudes, dtype=dtype, device="meta")
+        with slices(model, number, custom_converters=self.converters, fallback=sharding.fallback) as parking:
+            meter = _measured(model, x, self.together) if is_training else _forecast(model, x)
+        # Beside the input: targets, or a forecast's states, which are in double precision.
+        kept = 1 + work.rollout if is_training else 1 + 2 * torch.float64.itemsize // dtype.itemsize
+        weights = (1 + ADAMW_STATES) * stored if is_training else stored
+        passes = self.forwards // self.together if is_training else 1
+        memory = weights + kept * x.nbytes + meter.peak + parking.peak
+        return SlicedCost(number, memory, parking.peak_parked, passes * parking.moved)
+
     def _simulate(self, tp: int, domain: int, samples: int, sharded: bool) -> _Simulated:
         """One forward and backward of a rank, on tensors without values."""
         sharding, work = self.sharding, self.work
@@ -187,6 +241,16 @@ def _measured(model: nn.Module, x: Tensor, steps: int) -> Meter:
             y = y + model(torch.cat([x[:, :state] + y[:, :state], x[:, state:]], dim=1))
             loss = loss + y.square().mean()
         loss.backward()
+    return meter
+
+
+@torch.no_grad()
+def _forecast(model: nn.Module, x: Tensor) -> Meter:
+    """A step of a forecast; bytes without the parameters and the input."""
+    meter = Meter()
+    meter.ignore([*model.parameters(), *model.buffers(), x])
+    with meter:
+        model(x).double()
     return meter
 
 

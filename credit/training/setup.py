@@ -18,6 +18,7 @@ from credit.data.shared import Folder, SharedReads
 from credit.data.statistics import Statistics
 from credit.data.store import FieldStore
 from credit.domain_parallel.partition import Partition
+from credit.domain_parallel.slices import slice_model
 from credit.errors import ConfigError, CreditError, Stopped
 from credit.launch.job import Job
 from credit.layout import mesh_coords
@@ -28,6 +29,7 @@ from credit.parallel.look import Look, look_at
 from credit.parallel.parallelize import cut, replicate
 from credit.parallel.weights import freeze, load_plain
 from credit.stop import StopRequest
+from credit.training.slicing import choose_slices
 
 
 def open_store(job: Job, request: StopRequest | None = None, analysis: bool = False) -> tuple[FieldStore, Statistics]:
@@ -92,7 +94,7 @@ def prepare_model(job: Job, fields: Fields, weights: InitFrom | None = None) -> 
     Raises:
         CreditError: on every rank, if the initial weights differ between ranks.
     """
-    return replicate(_cut_model(job, fields, weights), job.mesh, job.config.trainer)
+    return replicate(_cut_model(job, fields, weights, is_training=False), job.mesh, job.config.trainer)
 
 
 def prepare_training(job: Job, fields: Fields) -> tuple[nn.Module, Look]:
@@ -102,7 +104,7 @@ def prepare_training(job: Job, fields: Fields) -> tuple[nn.Module, Look]:
         ConfigError: on every rank, if its numbers would depend on how a batch is shared out.
     """
     trainer = job.config.trainer
-    model, dtype = _cut_model(job, fields, trainer.init_from), getattr(torch, trainer.dtype)
+    model, dtype = _cut_model(job, fields, trainer.init_from, is_training=True), getattr(torch, trainer.dtype)
     generator = torch.Generator().manual_seed(hash((trainer.seed, job.coords.domain)) % 2**63)
     shape = (2, fields.input_channels, len(fields.rows), fields.store.grid.shape[1])
     two = torch.randn(shape, generator=generator).to(job.device, dtype)
@@ -121,7 +123,7 @@ def prepare_training(job: Job, fields: Fields) -> tuple[nn.Module, Look]:
     return replicate(model, job.mesh, job.config.trainer, look.unused), look
 
 
-def _cut_model(job: Job, fields: Fields, weights: InitFrom | None) -> nn.Module:
+def _cut_model(job: Job, fields: Fields, weights: InitFrom | None, is_training: bool) -> nn.Module:
     config = job.config
     torch.manual_seed(config.trainer.seed)
     with together("building the model"):
@@ -144,7 +146,10 @@ def _cut_model(job: Job, fields: Fields, weights: InitFrom | None) -> nn.Module:
         with together("building the constraints"):
             model = _constrained(model, fields).to(job.device)
     _refuse_unequal_weights(model)
-    return cut(model, job.mesh, config.trainer, job.manager, DOMAIN_CONVERTERS)
+    model = cut(model, job.mesh, config.trainer, job.manager, DOMAIN_CONVERTERS)
+    number = choose_slices(job, (*channels, grid.shape), is_training)
+    slice_model(model, number, custom_converters=DOMAIN_CONVERTERS, fallback=config.trainer.fallback)
+    return model
 
 
 def _constrained(model: nn.Module, fields: Fields) -> nn.Module:

@@ -94,6 +94,11 @@ def test_a_forecast_on_the_mesh_is_that_of_one_process(worlds, trained, tmp_path
         found = made(on_mesh)
         assert found.b.encoding["chunks"] == (1, 1, rows, 16)
         xr.testing.assert_allclose(found, serial, rtol=1e-6)
+    for number in (4, "auto"):
+        on_slices = on(trained, tmp_path, "none", 1)
+        on_slices["trainer"]["slices"] = number
+        forecast_on(on_slices)
+        xr.testing.assert_allclose(made(on_slices), serial, rtol=1e-6)
 
 
 def test_scores_are_those_of_a_plain_calculation(trained) -> None:

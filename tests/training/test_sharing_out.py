@@ -43,6 +43,8 @@ def same(found: tuple, wanted: tuple) -> None:
         ("fsdp2", 2, 1, {"accumulate": 2}),
         ("fsdp2", 2, 2, {"activation_checkpointing": True}),
         ("ddp", 2, 1, {"rollout": 2, "loss": {"kind": "crps", "members": 2}}),
+        ("none", 1, 1, {"slices": 3, "accumulate": 2, "activation_checkpointing": True}),
+        ("ddp", 2, 1, {"slices": 2, "rollout": 2, "loss": {"kind": "crps", "members": 2}}),
     ],
 )
 def test_a_run_is_that_of_one_process(worlds, raw, tmp_path, data, dp, domain, trainer) -> None:
