@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   credit check parity my.yaml --ranks 4
   credit submit my.yaml --site derecho --nodes 4 --dry-run
   credit plan my.yaml --gpus 16 --gpu-memory 40
+  credit migrate theirs.yml my.yaml
   credit data describe era5.zarr
   credit data stats my.yaml
 """

@@ -39,10 +39,13 @@ def parse_parallelism_conf(conf: Conf) -> dict[str, Any]:
         {"data": "fsdp2" | "ddp" | "none", "tensor": int, "domain": int}
 
     Raises:
-        ValueError: on an unknown key or data mode, or a degree that is not a positive integer.
+        ValueError: on an unknown key or data mode, or a degree that is not a positive integer; if it is given the
+            `trainer` block alone, which would else pass for a config without one.
     """
     if isinstance(conf, Sharding):
         return conf.parallelism.model_dump()
+    if "parallelism" in conf and "trainer" not in conf:
+        raise ValueError("parallelism stands at the top: give the whole config, {'trainer': {'parallelism': ...}}")
     with said_of("trainer", "parallelism"):
         return Parallelism.model_validate(dict(trainer_of(conf)).pop("parallelism", None) or {}).model_dump()
 

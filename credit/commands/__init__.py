@@ -8,6 +8,7 @@ from credit.commands import (
     forecast,
     init,
     layout,
+    migrate,
     plan,
     score,
     site,
@@ -16,5 +17,5 @@ from credit.commands import (
     train,
 )
 
-VERBS = (train, forecast, score, check, plan, export, status, layout, submit, init, site, doctor, data)
+VERBS = (train, forecast, score, check, plan, export, status, layout, submit, init, migrate, site, doctor, data)
 """In the order of `credit --help`."""

@@ -11,10 +11,16 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from credit.config.foreign import FOREIGN, hint
 from credit.config.models import MODELS, TAGS
 from credit.config.whole import Config
 from credit.errors import ConfigError
 from credit.reading import parse_yaml, read_yaml
+
+
+class ForeignKeyError(ConfigError):
+    """A key of another package, of which `credit.config.foreign` knows what it is here."""
+
 
 Keys = Callable[[tuple[int | str, ...]], list[str]]
 
@@ -55,7 +61,9 @@ def parse_config(raw: dict[str, Any], origin: str = "config") -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         found = problems_in(error)
-        raise ConfigError("; ".join(map(str, found)), origin, problems=found) from None
+        foreign = sum(isinstance(one, ForeignKeyError) for one in found) > 1
+        fix = f"`credit migrate {origin}` turns a config of NCAR's CREDIT into one of ours" if foreign else ""
+        raise ConfigError("; ".join(map(str, found)), origin, fix, found) from None
 
 
 @contextmanager
@@ -84,14 +92,19 @@ def problems_in(error: ValidationError, place: Sequence[str] = (), keys: Keys | 
 def _explain(error: Any, keys: Keys) -> ConfigError:
     where = ".".join(str(key) for key in error["loc"] if key not in TAGS) or "config"
     if error["type"] == "extra_forbidden":
+        foreign = hint([key for key in error["loc"] if key not in TAGS])
+        if foreign is not None:
+            return ForeignKeyError("unknown key", where, str(foreign))
         known = keys(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return ConfigError("unknown key", where, hint)
+        nearest = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return ConfigError("unknown key", where, nearest)
     if error["type"].startswith("union_tag"):
         given = error["input"]
         got = _SHORT.repr(given.get("name") if isinstance(given, dict) else given)
         names = f"must be one of {', '.join(MODELS)}, or the dotted path of a class"
+        if isinstance(given, dict) and "type" in given and "name" not in given:
+            return ForeignKeyError("unknown key", f"{where}.type", f"{FOREIGN['model.type']}; it {names}")
         return ConfigError(f"{names}, got {got}", f"{where}.name")
     if error["type"] == "missing":
         return ConfigError("missing", where)

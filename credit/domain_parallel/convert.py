@@ -21,7 +21,7 @@ from credit.domain_parallel.layers import (
     DomainParallelUpsample,
     become,
 )
-from credit.domain_parallel.manager import DomainParallelManager
+from credit.domain_parallel.manager import DomainParallelManager, of_several
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.root import Border
 from credit.domain_parallel.side_doors import only_inside
@@ -111,7 +111,8 @@ def convert_to_domain_parallel(
     Returns:
         `model`, or its replacement if a custom converter took the root itself.
     """
-    if manager is None or manager.domain_world_size == 1 or isinstance(model, DomainParallelRoot):
+    manager = of_several(manager)
+    if manager is None or isinstance(model, DomainParallelRoot):
         return model
     if shard_dim >= 0:
         raise ValueError(f"shard_dim counts from the end of a field, -2 for latitude; got {shard_dim}")

@@ -179,3 +179,22 @@ def as_rank(manager: DomainParallelManager) -> Iterator[None]:
 def get_domain_parallel_manager() -> DomainParallelManager | None:
     """The manager set last by `initialize_domain_parallel`, or None."""
     return getattr(_thread, "manager", _manager)
+
+
+def of_several(manager: Any) -> DomainParallelManager | None:
+    """The manager of a domain of more than one rank; None where nothing is cut.
+
+    Programs for one device may hand in any object with `domain_parallel_size`, as long as that is 1.
+
+    Raises:
+        DomainParallelError: if it is more, and the object has no group of ranks.
+    """
+    if manager is None or manager.domain_parallel_size == 1:
+        return None
+    if not isinstance(manager, DomainParallelManager):
+        raise DomainParallelError(
+            f"a {type(manager).__name__} of domain_parallel_size {manager.domain_parallel_size} has no ranks to "
+            f"exchange rows with: give the DomainParallelManager that initialize_domain_parallel returns, or "
+            f"DomainParallelManager.from_mesh(mesh)"
+        )
+    return manager

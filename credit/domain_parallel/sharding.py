@@ -7,15 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from credit.domain_parallel.lengths import global_length
-from credit.domain_parallel.manager import DomainParallelManager, get_domain_parallel_manager
+from credit.domain_parallel.manager import DomainParallelManager, get_domain_parallel_manager, of_several
 from credit.domain_parallel.partition import Partition, PartitionError
 from credit.domain_parallel.reshard import reshard, whole
 from credit.domain_parallel.slab import Slab
 
 
 def _manager_or_global(manager: DomainParallelManager | None) -> DomainParallelManager | None:
-    manager = manager or get_domain_parallel_manager()
-    return manager if manager is not None and manager.domain_world_size > 1 else None
+    return of_several(manager or get_domain_parallel_manager())
 
 
 def shard_tensor(x: Tensor, dim: int = -2, manager: DomainParallelManager | None = None) -> Tensor:

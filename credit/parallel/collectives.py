@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from credit.boundary import CAUGHT, explained
-from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager
+from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager, of_several
 from credit.domain_parallel.partition import PartitionError
 from credit.domain_parallel.torch_private import foreach_mul_, foreach_norm
 from credit.errors import CreditError, UnforeseenError
@@ -134,6 +134,7 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 
 def sync_domain_gradients(model: nn.Module, manager: DomainParallelManager | None) -> None:
     """Average gradients across the domain group, but those that FSDP2 has averaged over it."""
+    manager = of_several(manager)
     group = manager.domain_group if manager is not None else None
     if group is not None:
         members = {*dist.get_process_group_ranks(group)}

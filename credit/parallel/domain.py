@@ -15,12 +15,26 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
 from credit.domain_parallel.lengths import global_length
-from credit.domain_parallel.manager import DomainParallelManager
+from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager, of_several
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.root import Border
-from credit.domain_parallel.sharding import shard_tensor
+from credit.domain_parallel.sharding import gather_tensor, shard_tensor
 from credit.domain_parallel.slab import Slab, inside_model
 from credit.domain_parallel.torch_private import tree_map_only
+from credit.parallel.collectives import sync_domain_gradients
+
+__all__ = [
+    "apply_domain_parallel",
+    "gather_spatial",
+    "get_domain_manager",
+    "get_raw_model",
+    "shard_lat_weights",
+    "shard_spatial",
+    "sync_domain_gradients",
+    "unpad_shard_interp",
+]
+
+PADS = ("pad_lat", "pad_lon")
 
 
 def apply_domain_parallel(
@@ -53,9 +67,37 @@ def shard_spatial(tensor: Any, manager: DomainParallelManager | None) -> Any:
 
     The rows are those of the true grid, `Partition(latitudes, ranks)`; all of them without a manager.
     """
-    if manager is None or manager.domain_world_size == 1:
+    manager = of_several(manager)
+    if manager is None:
         return tensor
     return tree_map_only(Tensor, lambda x: shard_tensor(x, -2, manager), tensor)
+
+
+def gather_spatial(tensor: Any, manager: DomainParallelManager | None) -> Any:
+    """Whole fields, on every domain rank, from the ranks' rows: the inverse of `shard_spatial`. Differentiable.
+
+    Args:
+        tensor: (..., rows, longitude), or such tensors in dicts, lists and tuples.
+    """
+    manager = of_several(manager)
+    if manager is None:
+        return tensor
+    return tree_map_only(Tensor, lambda x: gather_tensor(x, -2, manager), tensor)
+
+
+def shard_lat_weights(weights: Tensor, manager: DomainParallelManager | None) -> Tensor:
+    """This rank's rows of weights by latitude: (latitude,), or (..., latitude, 1) and (..., latitude, longitude).
+
+    The mean of rows so weighted is this rank's share of the global one if it is divided by the number of all rows, not
+    by this rank's: shards differ by a row.
+
+    Raises:
+        TypeError: if it is no tensor.
+    """
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"shard_lat_weights takes a tensor of weights by latitude, not a {type(weights).__name__}")
+    manager = of_several(manager)
+    return weights if manager is None else shard_tensor(weights, -min(weights.ndim, 2), manager)
 
 
 def unpad_shard_interp(
@@ -69,15 +111,16 @@ def unpad_shard_interp(
     Args:
         y_pred: (..., rows, longitude), a rank's share of (image_h + padding) rows; of fewer or more where the model
             changes the resolution.
-        padding_opt: what padded the field: an object with `unpad(field)`; a mapping with "pad_lat" and "pad_lon",
-            each the number of rows or columns on both sides or a pair (before, after); or None.
+        padding_opt: what padded the field: an object with `unpad(field)`; a mapping, or an object, with "pad_lat" and
+            "pad_lon", each the number of rows or columns on both sides or a pair (before, after); or None.
         manager: None for a whole field.
         image_h, image_w: the true grid.
 
     Returns:
         (..., this rank's share of image_h, image_w).
     """
-    if manager is None or manager.domain_world_size == 1:
+    manager = of_several(manager)
+    if manager is None:
         return _fitted(_unpadded(y_pred, padding_opt), image_h, image_w)
     length = global_length(y_pred.shape[-2], manager.group, "unpad_shard_interp")
     field: Tensor = Slab(y_pred, y_pred.ndim - 2, Partition(length, manager.domain_world_size), manager.group)
@@ -91,7 +134,11 @@ def _unpadded(field: Tensor, padding_opt: Any) -> Tensor:
         return field
     if hasattr(padding_opt, "unpad"):
         return padding_opt.unpad(field)
-    (top, bottom), (left, right) = (_pair(padding_opt.get(name, 0)) for name in ("pad_lat", "pad_lon"))
+    if not isinstance(padding_opt, Mapping):
+        padding_opt = {name: getattr(padding_opt, name) for name in PADS if hasattr(padding_opt, name)} or None
+        if padding_opt is None:
+            raise DomainParallelError(f"padding_opt has neither unpad(field) nor {' or '.join(PADS)}: give it one")
+    (top, bottom), (left, right) = (_pair(padding_opt.get(name, 0)) for name in PADS)
     return field[..., top : field.shape[-2] - bottom, left : field.shape[-1] - right]
 
 

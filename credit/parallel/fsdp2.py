@@ -92,6 +92,11 @@ def _shared(blocks: Sequence[nn.Module]) -> set[nn.Parameter]:
     return {parameter for parameter, number in users.items() if number > 1}
 
 
+def fsdp2_is_applied(model: nn.Module) -> bool:
+    """True if parameters of the model, or of a part of it, are sharded by FSDP2."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def fsdp_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks of `model`, in its order: of a class named in `BLOCKS`, or that it lists in `fsdp_blocks`."""
     declared = tuple(getattr(model, "fsdp_blocks", ()))

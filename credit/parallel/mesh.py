@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from credit.config.parallelism import Conf
 from credit.layout import MeshShape, dp_world_size, joined_mesh_shape, mesh_coords, mesh_shape, parse_parallelism_conf
+from credit.parallel.elsewhere import refused
 
 __all__ = [
     "MeshShape",
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+__getattr__ = refused(__name__)
 
 
 def build_device_mesh(

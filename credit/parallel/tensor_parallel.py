@@ -30,6 +30,9 @@ from credit.domain_parallel.torch_private import tree_leaves
 from credit.errors import CreditError
 from credit.parallel.channels import ChannelGroup, Channels
 from credit.parallel.collectives import local
+from credit.parallel.elsewhere import refused
+
+__getattr__ = refused(__name__)
 
 
 class TensorParallelError(CreditError):
@@ -154,7 +157,8 @@ def _convert(layer: Any, kind: type[_CutLayer], partition: Partition, group: Cha
             mine = part(whole.detach(), dim, partition, group.rank).clone(memory_format=torch.contiguous_format)
             layer._parameters[name] = nn.Parameter(group.as_parameter(mine, dim), whole.requires_grad)
             layer._tp_cut.add(name)
-    layer.__class__ = type(type(layer).__name__, (kind, type(layer)), {"__module__": type(layer).__module__})
+    named = next(one for one in NAMED if issubclass(one, kind) and isinstance(layer, one.__bases__[1]))
+    layer.__class__ = type(type(layer).__name__, (named, type(layer)), {"__module__": type(layer).__module__})
     layer._tp_partition = partition
     layer._tp_group = group
 
@@ -175,6 +179,12 @@ class _CutLayer(nn.Module):
 
     _dim: int
     """The axis of the weight that is cut."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TensorParallelError(
+            f"{type(self).__name__} is what apply_tensor_parallel makes of a layer, in place: declare the layer in "
+            f"_tp_col or _tp_row of its block, and call apply_tensor_parallel(model, mesh['tp'])"
+        )
 
     def _mine(self, name: str) -> Any:
         """This rank's part of a parameter, which is stored, or taken out of the whole; None where there is none."""
@@ -227,6 +237,26 @@ class RowParallel(_CutLayer):
         if bias is None:
             return y
         return y + (bias.view(-1, 1, 1) if isinstance(self, nn.Conv2d) else bias)
+
+
+class TpColLinear(ColumnParallel, nn.Linear):
+    """A linear layer whose outputs are cut: for `isinstance`, not to be made by itself."""
+
+
+class TpColConv2d(ColumnParallel, nn.Conv2d):
+    """A 1x1 convolution whose output channels are cut."""
+
+
+class TpRowLinear(RowParallel, nn.Linear):
+    """A linear layer whose inputs are cut."""
+
+
+class TpRowConv2d(RowParallel, nn.Conv2d):
+    """A 1x1 convolution whose input channels are cut."""
+
+
+NAMED: tuple[type[_CutLayer], ...] = (TpColLinear, TpColConv2d, TpRowLinear, TpRowConv2d)
+"""What a layer becomes, by kind and type."""
 
 
 class _Whole:
