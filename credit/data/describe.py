@@ -8,8 +8,10 @@ import numpy as np
 import yaml
 
 from credit.data.opening import expand
-from credit.data.piece import Piece, piece_of, when
+from credit.data.piece import Piece, piece_of
+from credit.data.times import when
 from credit.errors import DataError
+from credit.steps import of_months, to_text
 
 HOUR = np.timedelta64(1, "h")
 PARTS = (0.8, 0.9)
@@ -41,7 +43,7 @@ def _lines(piece: Piece, problems: dict[str, str]) -> list[str]:
     lines = [f"{piece.path}: {piece.grid.shape[0]} x {piece.grid.shape[1]}, {piece.grid}"]
     if piece.times is not None and len(piece.times):
         steps = np.diff(piece.times)
-        every = f" every {_hours(steps.min())}" if len(steps) else ""
+        every = f" every {_text(steps.min())}" if len(steps) else ""
         odd = int((steps != steps.min()).sum()) if len(steps) else 0
         gaps = f", {odd} times further apart" if odd else ""
         lines.append(f"  {len(piece.times)} times, {when(piece.times[0])} to {when(piece.times[-1])}{every}{gaps}")
@@ -82,7 +84,7 @@ def _block(paths: Sequence[str], found: list[tuple[Piece, list[str]]]) -> list[s
         "statics": [*(name for name in usable if name not in moving), "sin_latitude", "cos_latitude"],
         "forcings": ["cos_zenith"],
         **({"grid": "region"} if any(piece.grid.region for piece, _ in found) else {}),
-        "step": _hours(step),
+        "step": _text(step),
         **{
             period: [when(begin), when(end)]
             for period, begin, end in zip(("train", "valid", "test"), bounds[:-1], bounds[1:], strict=True)
@@ -92,6 +94,7 @@ def _block(paths: Sequence[str], found: list[tuple[Piece, list[str]]]) -> list[s
     return yaml.safe_dump({"data": block}, sort_keys=False, default_flow_style=None, width=100).splitlines()
 
 
-def _hours(step: np.timedelta64) -> str:
-    hours = step / HOUR
-    return f"{hours:g}h" if hours < 24 or hours % 24 else f"{hours / 24:g}d"
+def _text(step: np.timedelta64) -> str:
+    """As a config has it; seconds, which none can have, as what they are."""
+    seconds = step.astype("timedelta64[s]").astype(int) if not of_months(step) else 0
+    return f"{seconds}s" if seconds % 60 else to_text(step)

@@ -12,6 +12,7 @@ import xarray as xr
 from credit.data.grid import Grid
 from credit.data.opening import GRIB, AbsentChunk, chunk_of, open_dataset
 from credit.data.shared import SharedReads
+from credit.data.times import read_times, when
 from credit.errors import DataError
 
 AXES = {
@@ -21,9 +22,6 @@ AXES = {
     "level": ("air_pressure", "", ("level", "pressure_level", "isobaricInhPa", "plev", "lev", "pressure")),
 }
 """Of each axis its CF standard name and units, and the names that stores in the field use for it."""
-
-ROUNDED = ((np.timedelta64(1, "h"), np.timedelta64(60, "s")), (np.timedelta64(1, "m"), np.timedelta64(5, "s")))
-"""Times are taken to whole hours, or minutes, if all are so close to one: days as floating-point numbers miss them."""
 
 NO_FIELD = 9e36
 """netCDF's fill value of floats is 9.97e36, and is not always declared."""
@@ -36,11 +34,12 @@ class Piece:
         path: or address.
         missing: what to take in place of missing values of some variables: a number, or NaN where it says mask.
         region: of a part of the globe.
+        monthly: of one state a month; None: if it looks like that.
 
     Attributes:
         path: where it is.
         grid: the latitude-longitude grid.
-        times: datetime64[ns], ascending; None if it has no time.
+        times: see `read_times`; None if it has no time.
         notes: what was taken otherwise than it stands in the store, in words.
         variables: names of all, with their axes.
         shared: with the ranks of this node that read the same but for the rows, if there are any.
@@ -49,7 +48,13 @@ class Piece:
         DataError: if the store is missing, cannot be opened, or has no such axes.
     """
 
-    def __init__(self, path: str, missing: Mapping[str, Any] | None = None, region: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        missing: Mapping[str, Any] | None = None,
+        region: bool = False,
+        monthly: bool | None = False,
+    ) -> None:
         self.path, self._missing = path, missing or {}
         self.shared: SharedReads | None = None
         dataset = self.dataset
@@ -58,7 +63,7 @@ class Piece:
             self.times: np.ndarray | None = None
             self.notes: list[str] = []
             if "time" in dataset.dims:
-                self.times, self.notes = ascending_times(dataset["time"])
+                self.times, self.notes = read_times(dataset, monthly)
         except DataError as error:
             raise DataError(f"{self.path}: {error}") from None
         self.variables = {str(name): tuple(map(str, array.dims)) for name, array in dataset.data_vars.items()}
@@ -208,10 +213,10 @@ def piece_of(path: str, missing: Mapping[str, Any] | None = None) -> Piece:
         DataError: if it is neither: why it is not of the globe.
     """
     try:
-        return Piece(path, missing)
+        return Piece(path, missing, monthly=None)
     except DataError as error:
         try:
-            return Piece(path, missing, region=True)
+            return Piece(path, missing, region=True, monthly=None)
         except DataError:
             raise error from None
 
@@ -246,52 +251,6 @@ def _with_axis(dataset: xr.Dataset, axis: str, path: str) -> xr.Dataset:
     return dataset.drop_vars(axis, errors="ignore").rename({found: axis})
 
 
-def ascending_times(time: xr.DataArray) -> tuple[np.ndarray, list[str]]:
-    """Times as datetime64[ns], and what was done to them, in words.
-
-    Raises:
-        DataError: if they are no dates of the standard calendar, or are not ascending, saying where.
-    """
-    times = time.values
-    notes: list[str] = []
-    calendar = getattr(times[0], "calendar", None) if times.dtype == object and len(times) else None
-    if calendar in ("noleap", "365_day"):  # all of whose dates there are
-        times = np.array([one.isoformat() for one in times], dtype="datetime64[ns]")
-        notes.append(f"the calendar {calendar} has no 29 February: set data.gaps: skip, to leave out steps across it")
-    elif calendar is not None:
-        raise DataError(
-            f"its calendar is {calendar}, and steps and the sun's place are counted in the standard one: "
-            f"convert it (xarray: dataset.convert_calendar('standard')), and set data.gaps: skip"
-        )
-    if not np.issubdtype(times.dtype, np.datetime64):
-        raise DataError(f"time holds {times.dtype}, not dates: its units must be like 'hours since 1970-01-01'")
-    if np.isnat(times).any():
-        raise DataError(f"time number {int(np.isnat(times).argmax())} is missing")
-    times = times.astype("datetime64[ns]")
-    for unit, near in ROUNDED:
-        half = unit.astype("timedelta64[ns]") // 2
-        whole = (times + half).astype(f"datetime64[{np.datetime_data(unit)[0]}]").astype(times.dtype)
-        apart = abs(times - whole).max(initial=np.timedelta64(0))
-        if apart <= near:
-            if apart > np.timedelta64(0):
-                odd = int((times != whole).argmax())
-                seconds = apart / np.timedelta64(1, "s")
-                notes.append(
-                    f"times are up to {seconds:.3g} seconds off: {when(times[odd])} was taken as {when(whole[odd])}"
-                )
-                times = whole
-            break
-    back = np.flatnonzero(np.diff(times) <= np.timedelta64(0))
-    if len(back):
-        first = int(back[0])
-        word = "twice" if times[first] == times[first + 1] else "out of order"
-        raise DataError(
-            f"times must ascend: {when(times[first + 1])} comes {word}, at {first + 1} of {len(times)}, after "
-            f"{when(times[first])} (xarray: dataset.sortby('time').drop_duplicates('time'))"
-        )
-    return times, notes
-
-
 UNITS = {"kelvin": "K", "degrees_kelvin": "K", "celsius": "degC", "pascal": "Pa", "meters": "m", "metres": "m"}
 """Other words for units, of those that stores in the field use."""
 
@@ -312,9 +271,3 @@ def _plain_units(units: str) -> list[str]:
                 factor = f"{name}-{factor[len(name) :] or 1}"
             factors.append(factor)
     return sorted(factor for factor in factors if factor != "1")
-
-
-def when(time: np.datetime64) -> str:
-    """To the minute, or the second if there are any."""
-    whole = time == time.astype("datetime64[m]")
-    return str(np.datetime_as_string(time, "m" if whole else "s"))

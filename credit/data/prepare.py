@@ -11,6 +11,7 @@ from credit.config import Config, Data
 from credit.data.statistics import Statistics, compute_statistics, origin_of
 from credit.data.store import FieldStore
 from credit.errors import Stopped
+from credit.steps import of_months
 from credit.stop import StopRequest
 
 SAMPLES = {"era5-sample": Path(__file__).parent / "sample" / "era5_1deg.nc"}
@@ -46,7 +47,7 @@ def open_analysis(config: Config) -> FieldStore:
 
 
 def _open(data: Data, paths: list[str], variables: list[str]) -> FieldStore:
-    return FieldStore(paths, variables, data.missing, data.is_region, data.hold_hours)
+    return FieldStore(paths, variables, data.missing, data.is_region, data.hold, of_months(data.step))
 
 
 def make_built_in(config: Config, request: StopRequest | None = None) -> None:
