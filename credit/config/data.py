@@ -18,6 +18,8 @@ from credit.config.fields import (
     Processes,
     ProcessesOrNone,
     Real,
+    Source,
+    Sources,
     Step,
     Text,
     Value,
@@ -31,11 +33,13 @@ COMPUTED = ("cos_zenith", "sin_latitude", "cos_latitude", "sin_longitude", "cos_
 class Data(Block):
     """Which fields, from where."""
 
-    path: Annotated[Paths, Field(min_length=1), OF_THE_RUN]
+    path: Annotated[Paths, OF_THE_RUN] = []
     """Zarr stores and netCDF files (relative to the working directory): one, a list, patterns such as "era5_*.nc", or
     addresses (s3://, gs://, https://) of zarr stores; or "demo" or "era5-sample", which come with the package."""
+    sources: Annotated[Sources, OF_THE_RUN] = []
+    """In place of path, where stores have other names for the same: blocks of path and names."""
     variables: Annotated[list[Text], Field(min_length=1), OF_THE_RUN]
-    """The state: what the model is given and predicts, by name in the store."""
+    """The state: what the model is given and predicts, by name in the store (or as sources call it)."""
     diagnostics: Annotated[list[Text], OF_THE_RUN] = []
     """What the model predicts and is not given, such as precipitation."""
     levels: Annotated[list[Real], OF_THE_RUN] = []
@@ -92,6 +96,17 @@ class Data(Block):
             if period[1] > later[0]:
                 raise ValueError(f"{name} and {other} share times: scores would be of what was trained on")
         return self
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> Data:
+        if bool(self.path) == bool(self.sources):
+            raise ValueError("say where the fields are, in one of path and sources")
+        return self
+
+    @property
+    def stores(self) -> list[Source]:
+        """Of either."""
+        return self.sources or [Source(path=self.path)]
 
     @model_validator(mode="after")
     def _named_once(self) -> Data:

@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    model_validator,
 )
 
 from credit.bounds import (
@@ -78,8 +79,38 @@ File = Annotated[Path, BeforeValidator(_is_text)]
 """A name of a file may hold anything else, line breaks too."""
 
 
-Paths = Annotated[list[Text], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+def _as_list(given: Any) -> Any:
+    return [given] if isinstance(given, str | dict) else given
+
+
+Paths = Annotated[list[Text], BeforeValidator(_as_list)]
 """Several, or one alone."""
+
+
+class Source(Block):
+    """Stores that have the same names of variables."""
+
+    path: Annotated[Paths, Field(min_length=1)]
+    """As `data.path`."""
+    names: dict[Text, Text] = {}
+    """What variables are called here, by their names in the stores, such as {t2m: 2m_temperature}."""
+
+    @model_validator(mode="after")
+    def _named_apart(self) -> Source:
+        ours = [*self.names.values()]
+        twice = [name for name in ours if ours.count(name) > 1]
+        if twice:
+            theirs = " and ".join(name for name, our in self.names.items() if our == twice[0])
+            raise ValueError(f"names: {theirs} are both called {twice[0]}")
+        return self
+
+
+def _as_source(given: Any) -> Any:
+    return {"path": given} if isinstance(given, str) else given
+
+
+Sources = Annotated[list[Annotated[Source, BeforeValidator(_as_source)]], BeforeValidator(_as_list)]
+"""Several, or one alone, of which a path will do."""
 
 
 def parse_moment(given: Any) -> datetime:

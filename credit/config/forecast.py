@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from credit.config.fields import Block, Count, Paths, Step, Text, parse_moment
+from credit.config.fields import Block, Count, Sources, Step, Text, parse_moment
 
 
 class Forecast(Block):
@@ -24,8 +24,9 @@ class Forecast(Block):
     """One start in place of the test period's: a time in UTC, such as 2026-11-27T00, or 2026-11; or latest: the newest
     that is stored. No truth is needed; forcings that are not stored are taken from their climatology in the statistics.
     """
-    source: Paths = []
-    """Stores to start from in place of `data.path`, such as the newest analysis: states and stored statics."""
+    source: Sources = []
+    """Stores to start from in place of `data.path` or `data.sources`, such as the newest analysis: states and stored
+    statics. A path each, or a block of path and names."""
     layout: Literal["weatherbench-x", "weatherbench2"] = "weatherbench-x"
     """Names of the store's dimensions: init_time and lead_time, or time and prediction_timedelta."""
     weights: Text | None = None

@@ -111,6 +111,8 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
         if key in TAGS:
             block = TAGS[str(key)]
             continue
+        if isinstance(key, int):  # of a list, whose blocks are all alike
+            continue
         fields = {name: field.annotation for name, field in block.model_fields.items()}
         kinds = (fields[str(key)], *get_args(fields[str(key)]))
         block = next((kind for kind in kinds if hasattr(kind, "model_fields")), block)

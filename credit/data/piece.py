@@ -35,12 +35,14 @@ class Piece:
         missing: what to take in place of missing values of some variables: a number, or NaN where it says mask.
         region: of a part of the globe.
         monthly: of one state a month; None: if it looks like that.
+        names: what variables are called here, by their names in the store; it need not have all of them.
 
     Attributes:
         path: where it is.
         grid: the latitude-longitude grid.
         times: see `read_times`; None if it has no time.
         notes: what was taken otherwise than it stands in the store, in words.
+        names: as given.
         variables: names of all, with their axes.
         shared: with the ranks of this node that read the same but for the rows, if there are any.
 
@@ -54,8 +56,9 @@ class Piece:
         missing: Mapping[str, Any] | None = None,
         region: bool = False,
         monthly: bool | None = False,
+        names: Mapping[str, str] | None = None,
     ) -> None:
-        self.path, self._missing = path, missing or {}
+        self.path, self._missing, self.names = path, missing or {}, names or {}
         self.shared: SharedReads | None = None
         dataset = self.dataset
         try:
@@ -71,10 +74,26 @@ class Piece:
     @cached_property
     def dataset(self) -> xr.Dataset:
         """Opened at the first use, under the names of `AXES`."""
-        dataset = open_dataset(self.path, self._missing)
+        stored = {ours: name for name, ours in self.names.items()}
+        dataset = open_dataset(self.path, {stored.get(name, name): how for name, how in self._missing.items()})
+        dataset = self._called_ours(dataset)
         for axis in AXES:
             dataset = _with_axis(dataset, axis, self.path)
         return dataset
+
+    def _called_ours(self, dataset: xr.Dataset) -> xr.Dataset:
+        names = {name: ours for name, ours in self.names.items() if name in dataset.data_vars}
+        taken = [ours for ours in names.values() if ours in dataset.variables and ours not in names]
+        if taken:
+            theirs = next(name for name, ours in names.items() if ours == taken[0])
+            raise DataError(f"{self.path} has {theirs}, to be called {taken[0]}, and {taken[0]}: name it otherwise")
+        return dataset.rename(names)
+
+    @property
+    def stored_names(self) -> list[str]:
+        """Of the variables, in the store."""
+        stored = {ours: name for name, ours in self.names.items()}
+        return [stored.get(name, name) for name in self.variables]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the open files: whoever gets this opens them again, at the first read."""

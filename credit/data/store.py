@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from credit.config import Source
 from credit.data.climatology import ForcingClimatology
 from credit.data.grid import COS_ZENITH, STATIC_FIELDS, Grid, cos_zenith
 from credit.data.opening import expand
@@ -38,7 +39,7 @@ class FieldStore:
     are, and each variable in others.
 
     Args:
-        paths: of one, or several; patterns and addresses as in `data.path`.
+        paths: of one, or several; patterns and addresses as in `data.path`, or sources as in `data.sources`.
         variables: those that are wanted: times are those at which all of them are there. All by default.
         missing, region, monthly: see `Piece`.
         hold: how long a value of some variables holds, that are stored less often.
@@ -55,7 +56,7 @@ class FieldStore:
 
     def __init__(
         self,
-        paths: str | Path | Sequence[str],
+        paths: str | Path | Sequence[str | Source],
         variables: Sequence[str] | None = None,
         missing: Mapping[str, Any] | None = None,
         region: bool = False,
@@ -63,8 +64,13 @@ class FieldStore:
         monthly: bool = False,
     ) -> None:
         self._hold = dict(hold or {})
-        each = expand([str(paths)] if isinstance(paths, str | Path) else paths)
-        self._pieces = [Piece(path, missing, region, monthly) for path in each]
+        given = [str(paths)] if isinstance(paths, str | Path) else paths
+        sources = [one if isinstance(one, Source) else Source(path=[one]) for one in given]
+        self._pieces = [
+            Piece(path, missing, region, monthly, one.names) for one in sources for path in expand(one.path)
+        ]
+        for source in sources:
+            self._refuse_other_names(source.names)
         first = self._pieces[0]
         more = len(self._pieces) - 1
         self.path = Path(first.path)
@@ -93,6 +99,16 @@ class FieldStore:
         """Read from now on together with others of this node; None: alone."""
         for piece in self._pieces:
             piece.shared = shared
+
+    def _refuse_other_names(self, names: Mapping[str, str]) -> None:
+        """Raise a DataError if none of the stores that have a source's names has one of them."""
+        pieces = [piece for piece in self._pieces if piece.names is names]
+        for name, ours in names.items():
+            if not any(ours in piece.variables for piece in pieces):
+                known = [one for piece in pieces for one in piece.stored_names]
+                raise DataError(
+                    f"{pieces[0].path} has no variable {name!r}, to be called {ours!r}{_suggest(name, known)}"
+                )
 
     def _places_of(self, name: str) -> _Places:
         """Where the times of a variable are.

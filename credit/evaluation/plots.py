@@ -163,8 +163,9 @@ def plot_scores(config: Config, scores: Scores) -> Path:
         axes[2, column].axhline(0, color="black", lw=0.6)
         axes[-1, column].set_xlabel(f"lead time [{scores.lead_unit}]")
     axes[0, 0].legend(frameon=False, fontsize=9)
+    paths = [path for one in config.data.stores for path in one.path]
     figure.suptitle(
-        f"{config.model.name} on {', '.join(config.data.path)}: {scores.starts} forecasts of the test period",
+        f"{config.model.name} on {', '.join(paths)}: {scores.starts} forecasts of the test period",
         fontsize=11,
     )
     return _save(figure, config.run / "scores.png")
