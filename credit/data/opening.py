@@ -22,6 +22,8 @@ from credit.errors import DataError
 METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 """Names of what is in a zarr store beside chunks."""
 GRIB = (".grib", ".grib1", ".grib2", ".grb", ".grb1", ".grb2")
+REFERENCES = (".json", ".parq", ".parquet")
+"""Of kerchunk: where in other files the chunks of a zarr store are."""
 RETRY_S = 120
 """How long requests to an object store are tried again, with growing pauses."""
 
@@ -83,8 +85,8 @@ def is_remote(path: str) -> bool:
 
 
 def open_dataset(path: str, missing: Mapping[str, Any]) -> xr.Dataset:
-    """A zarr store (a directory, a .zip, an address, an icechunk repository), a netCDF or a GRIB file; nothing is read
-    but metadata and coordinates.
+    """A zarr store (a directory, a .zip, an address, an icechunk repository, references of kerchunk), a netCDF or a
+    GRIB file; nothing is read but metadata and coordinates.
 
     Args:
         missing: variables of which values may be missing, see `credit.config.Data`: so may chunks that are all fill.
@@ -96,6 +98,9 @@ def open_dataset(path: str, missing: Mapping[str, Any]) -> xr.Dataset:
         raise DataError(f"there is no {path} (data.path, relative to {Path.cwd()}){binding_hint(Path(path))}")
     kind = "netCDF file"
     try:
+        if path.endswith(REFERENCES):
+            kind = "kerchunk reference"
+            return _open_zarr(_references(path), False, missing)
         if is_remote(path):
             kind = "zarr store"
             return _open_zarr(_object_store(path), None, missing)
@@ -121,19 +126,26 @@ def _open_zarr(store: Store, consolidated: bool | None, missing: Mapping[str, An
     dataset = xr.open_zarr(written, chunks=None, consolidated=consolidated)
     lenient = set()
     for name in missing.keys() & dataset.data_vars.keys():
-        fill: Any = zarr.open_array(written, path=name, mode="r").fill_value
+        fill = _fill_of(written, name)
         if fill != fill or fill == dataset[name].encoding.get("_FillValue") or fill == missing[name]:
             lenient.add(name)
     written.strict.append(lenient)
     for name, array in dataset.data_vars.items():
         if array.encoding.get("shards"):
-            fill = zarr.open_array(written, path=str(name), mode="r").fill_value
+            fill = _fill_of(written, str(name))
             scale, offset = (
                 array.encoding.get(key, default) for key, default in (("scale_factor", 1), ("add_offset", 0))
             )
             if np.isfinite(fill):
                 array.encoding["absent"] = float(fill * scale + offset)
     return dataset
+
+
+def _fill_of(store: Store, name: str) -> Any:
+    """What zarr takes for chunks of an array that were never written. The group knows the format: in references by
+    parquet no other may be asked for."""
+    array: Any = zarr.open_group(store, mode="r")[name]
+    return array.fill_value
 
 
 def _object_store(url: str) -> Store:
@@ -147,6 +159,18 @@ def _object_store(url: str) -> Store:
     if url.startswith("http://") or os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
         options = {"client_options": {"allow_http": True}}
     return zarr.storage.ObjectStore(from_url(url, retry_config=retries, **options), read_only=True)
+
+
+def _references(path: str) -> Store:
+    """Through fsspec, with the credentials that it finds; a file that is referred to and not there is an error."""
+    try:
+        import fsspec
+
+        files = fsspec.filesystem("reference", fo=path, asynchronous=True, skip_instance_cache=True)
+    except ImportError as error:
+        more = f"pip install 'credit-hpc[kerchunk]', and of addresses what fsspec needs: {_line(error)}"
+        raise DataError(f"{path} is a kerchunk reference: {more}") from None
+    return zarr.storage.FsspecStore(files, read_only=True, path="")
 
 
 def _icechunk(path: str) -> Store:

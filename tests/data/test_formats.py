@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import boto3
 import eccodes
 import icechunk
+import kerchunk.df
+import kerchunk.hdf
 import numpy as np
 import pytest
 import xarray as xr
@@ -103,6 +106,56 @@ def test_an_icechunk_repository_is_read(tmp_path) -> None:
     session.commit("all of it")
     store = FieldStore(tmp_path / "repo")
     np.testing.assert_array_equal(store.read(store.channels(["a"]), [4], ROWS)[0, 0], data.a.values[4, 3:11])
+
+
+def referred(data: xr.Dataset, folder: Path) -> list[Path]:
+    """References to a netCDF 4 file with all that such files have: as JSON and as parquet."""
+    encoding = {
+        "a": {"zlib": True, "shuffle": True, "chunksizes": (2, 7, 16)},
+        "b": {"dtype": "int16", "scale_factor": 0.01, "add_offset": 270.0, "_FillValue": -32767},
+    }
+    data.to_netcdf(folder / "s.nc", encoding=encoding)
+    found = kerchunk.hdf.SingleHdf5ToZarr(str(folder / "s.nc"), inline_threshold=0).translate()
+    (folder / "s.json").write_text(json.dumps(found))
+    kerchunk.df.refs_to_dataframe(found, str(folder / "s.parq"))
+    return [folder / "s.json", folder / "s.parq"]
+
+
+def test_references_of_kerchunk_are_read_as_the_file_that_they_are_to(tmp_path) -> None:
+    data = dataset(states=5, levels=(500.0, 850.0))
+    plain = tmp_path / "s.nc"
+    for path in referred(data, tmp_path):
+        store, wanted = FieldStore(path), FieldStore(plain)
+        np.testing.assert_array_equal(store.times, data.time.values)
+        channels = store.channels(["b", "c", "a"], [850.0, 500.0])
+        with xr.open_dataset(plain) as opened:
+            packed = opened.b.values[[4, 1], 3:11].astype(np.float32)
+        read = store.read(channels, [4, 1], ROWS)
+        np.testing.assert_array_equal(read[:, 0], packed)
+        np.testing.assert_array_equal(read, wanted.read(channels, [4, 1], ROWS))
+        assert store.attributes("a")["units"] == "m s-1"
+        lenient = FieldStore(path, missing={"a": 0.0})
+        plain.rename(tmp_path / "elsewhere.nc")
+        with pytest.raises(DataError, match=r"s.(json|parq): cannot read a: .*s.nc"):
+            lenient.read(lenient.channels(["a"]), [0], ROWS)
+        with pytest.raises(DataError, match=r"s.(json|parq) cannot be opened as a kerchunk reference: .*s.nc"):
+            FieldStore(path)
+        (tmp_path / "elsewhere.nc").rename(plain)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"config.json cannot be opened as a kerchunk reference|has no latitude"):
+        FieldStore(tmp_path / "config.json")
+
+
+def test_a_run_on_references_is_that_on_the_file(tmp_path) -> None:
+    """Workers open them again."""
+    json_path, _ = referred(dataset(), tmp_path)
+    losses = []
+    for path, workers in ((tmp_path / "s.nc", 0), (json_path, 1)):
+        raw = conf(tmp_path / f"run{len(losses)}", path, dtype="float64", epochs=1)
+        raw["data"]["workers"] = workers
+        write_statistics(parse_config(raw))
+        losses.append(curve(raw)[0])
+    assert losses[0] == losses[1]
 
 
 @pytest.fixture
