@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,7 +52,7 @@ def _lines(piece: Piece, problems: dict[str, str]) -> list[str]:
     for name, dims in piece.variables.items():
         attributes = piece.attributes(name)
         words = attributes.get("long_name") or attributes.get("standard_name") or ""
-        where = f"{len(piece.levels)} levels" if "level" in dims else "surface" if "time" in dims else "no time"
+        where = f"{len(piece.levels(name))} levels" if "level" in dims else "surface" if "time" in dims else "no time"
         lines.append(f"  {name:<28} {where:<12} {attributes.get('units', ''):<14} {words}{problems[name]}".rstrip())
     return lines
 
@@ -60,7 +61,7 @@ def _problem(piece: Piece, name: str, dims: tuple[str, ...]) -> str:
     if "latitude" not in dims or "longitude" not in dims:
         return " (not a field)"
     try:
-        piece.read(name, [float(piece.levels[0])] if "level" in dims else [None], [0], range(piece.grid.shape[0]))
+        piece.read(name, [float(piece.levels(name)[0])] if "level" in dims else [None], [0], range(piece.grid.shape[0]))
     except DataError as error:
         return f" ({str(error).removeprefix(f'{piece.path}: ')})"
     return ""
@@ -72,7 +73,8 @@ def _block(paths: Sequence[str], found: list[tuple[Piece, list[str]]]) -> list[s
     moving = [name for name, (_, dims) in usable.items() if "time" in dims]
     if not moving:
         return ["no field changes in time: there is nothing to predict"]
-    levels = sorted({float(one) for piece, dims in usable.values() if "level" in dims for one in piece.levels})
+    each = [piece.levels(name).astype(float) for name, (piece, dims) in usable.items() if "level" in dims]
+    levels = functools.reduce(np.intersect1d, each).tolist() if each else []
     times = np.unique(np.concatenate([piece.times for piece, _ in usable.values() if piece.times is not None]))
     steps = np.diff(times)
     step = steps.min() if len(steps) else HOUR

@@ -21,6 +21,8 @@ from credit.errors import DataError
 
 METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 """Names of what is in a zarr store beside chunks."""
+PRESSURE = "isobaricInhPa"
+"""What cfgrib calls the axis of pressure levels."""
 GRIB = (".grib", ".grib1", ".grib2", ".grb", ".grb1", ".grb2")
 REFERENCES = (".json", ".parq", ".parquet")
 """Of kerchunk: where in other files the chunks of a zarr store are."""
@@ -184,26 +186,35 @@ def _icechunk(path: str) -> Store:
 
 def _open_grib(path: str) -> xr.Dataset:
     """All messages. A name that is on several kinds of levels has the kind's beside it, but on pressure levels; and if
-    that is taken, the kind of step's (instant, avg) too."""
+    that is taken, the kind of step's (instant, avg) too. Each set of pressure levels is an axis of its own; of several
+    levels of another kind, such as depths of soil, each is a field of its own."""
     try:
         import cfgrib
     except ModuleNotFoundError:
         raise DataError(f"{path} is a GRIB file: pip install 'credit-hpc[grib]'") from None
     parts = cfgrib.open_datasets(path, backend_kwargs={"indexpath": ""})
-    parts.sort(key=lambda part: "isobaricInhPa" not in part.dims)  # stable: these have the names first
+    parts.sort(key=lambda part: PRESSURE not in part.dims)  # stable: these have the names first
     found: dict[str, xr.DataArray] = {}
+    axes: dict[tuple[float, ...], str] = {}
     for part in parts:
         alone = [name for name, axis in part.coords.items() if axis.ndim == 0]  # at which one level, how far ahead
         if "valid_time" in alone:
             part = part.assign_coords(time=part.valid_time.values).expand_dims("time")
         part = part.drop_vars([name for name in alone if name != "time"])
+        if PRESSURE in part.dims:
+            levels = tuple(part[PRESSURE].values.tolist())
+            part = part.rename({PRESSURE: axes.setdefault(levels, f"{PRESSURE}_{len(axes)}" if axes else PRESSURE)})
         for name, field in part.data_vars.items():
             kind, step = (field.attrs.get(f"GRIB_{key}", "other") for key in ("typeOfLevel", "stepType"))
-            names = [str(name), f"{name}_{kind}", f"{name}_{kind}_{step}"]
-            free = next((one for one in names if one not in found), None)
-            if free is None:
-                raise DataError(f"{path} has two fields {names[-1]}: take one out (grib_copy -w shortName!=...)")
-            found[free] = field
+            if kind in field.dims and kind != PRESSURE:
+                each = {f"{name}_{kind}_{level:g}": field.sel({kind: level}, drop=True) for level in field[kind].values}
+            else:
+                names = [str(name), f"{name}_{kind}", f"{name}_{kind}_{step}"]
+                each = {next((one for one in names if one not in found), names[-1]): field}
+            twice = found.keys() & each.keys()
+            if twice:
+                raise DataError(f"{path} has two fields {twice.pop()}: take one out (grib_copy -w shortName!=...)")
+            found |= each
     return xr.merge([field.rename(name) for name, field in found.items()], compat="no_conflicts", join="exact")
 
 

@@ -69,7 +69,10 @@ class Piece:
                 self.times, self.notes = read_times(dataset, monthly)
         except DataError as error:
             raise DataError(f"{self.path}: {error}") from None
-        self.variables = {str(name): tuple(map(str, array.dims)) for name, array in dataset.data_vars.items()}
+        self.variables = {
+            str(name): tuple("level" if dim in self.level_axes else str(dim) for dim in array.dims)
+            for name, array in dataset.data_vars.items()
+        }
 
     @cached_property
     def dataset(self) -> xr.Dataset:
@@ -105,15 +108,21 @@ class Piece:
         return {str(key): one.tolist() if isinstance(one, np.generic | np.ndarray) else one for key, one in attributes}
 
     @cached_property
-    def levels(self) -> np.ndarray:
-        """As the store numbers them."""
-        levels = self.dataset["level"].values
+    def level_axes(self) -> list[str]:
+        """Variables of one store may have different levels: the axes of them, `level` the first."""
+        axes = self.dataset.coords.items()
+        return [str(name) for name, axis in axes if axis.dims == (name,) and _is_level(str(name), axis)]
+
+    def levels(self, variable: str) -> np.ndarray:
+        """Of a variable that has them, as the store numbers them."""
+        axis = next(dim for dim in self.dataset[variable].dims if dim in self.level_axes)
+        levels = self.dataset[axis].values
         if not np.issubdtype(levels.dtype, np.number):
             raise DataError(f"{self.path}: the levels are {levels.dtype}, not numbers: {levels[:4].tolist()}")
         return levels
 
-    def has_level(self, level: float) -> bool:
-        return bool(np.isclose(self.levels, level, rtol=1e-5).any())
+    def has_level(self, variable: str, level: float) -> bool:
+        return bool(np.isclose(self.levels(variable), level, rtol=1e-5).any())
 
     def read(self, name: str, levels: Sequence[float | None], times: Sequence[int], rows: range) -> np.ndarray:
         """Fields at some times: float32, (time, level, row, longitude). Reads `rows` and no others.
@@ -125,7 +134,7 @@ class Piece:
             DataError: if a chunk was never written or is damaged, or at the first value that is not finite.
         """
         field = self._one_field(name)
-        index = [int(np.abs(self.levels - level).argmin()) for level in levels if level is not None]
+        index = [int(np.abs(self.levels(name) - level).argmin()) for level in levels if level is not None]
         dims = [dim for dim in ("time", "level", "latitude", "longitude") if dim in field.dims]
 
         def decode(rows: range) -> np.ndarray:
@@ -157,6 +166,8 @@ class Piece:
     def _one_field(self, name: str) -> xr.DataArray:
         """Without axes of length 1 that are of no interest here (an ensemble's number, expver)."""
         array = self.dataset[name]
+        axis = next((dim for dim in array.dims if dim in self.level_axes), "level")
+        array = array if axis == "level" else array.rename({axis: "level"})
         others = [dim for dim in array.dims if dim not in AXES]
         for dim in others:
             if array.sizes[dim] > 1:
@@ -238,6 +249,11 @@ def piece_of(path: str, missing: Mapping[str, Any] | None = None) -> Piece:
             return Piece(path, missing, region=True, monthly=None)
         except DataError:
             raise error from None
+
+
+def _is_level(name: str, axis: xr.DataArray) -> bool:
+    standard, _, names = AXES["level"]
+    return name in names or axis.attrs.get("standard_name") == standard
 
 
 def _with_axis(dataset: xr.Dataset, axis: str, path: str) -> xr.Dataset:

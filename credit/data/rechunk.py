@@ -40,7 +40,7 @@ def rechunk(source: str, path: Path, rows: int | None, times: int, progress: Cal
     piece = with_gaps(source)
     fields = {name: field.transpose("time", ..., missing_dims="ignore") for name, field in piece_fields(piece).items()}
     sizes = {"latitude": rows or -(-piece.grid.shape[0] // PARTS), "time": times}
-    axes = {name: values for name, values in piece.dataset.coords.items() if name in AXES}
+    axes = {name: values for name, values in piece.dataset.coords.items() if name in (*AXES, *piece.level_axes)}
     with whole(path) as partial:
         group = create_store(partial, piece, axes, fields, piece.grid.shape, sizes)
         lengths = {name: field.sizes.get("time", 1) for name, field in fields.items()}

@@ -158,10 +158,10 @@ class FieldStore:
                 found.append(Channel(name))
                 continue
             for piece in pieces:
-                missing = [level for level in levels if not piece.has_level(level)]
+                missing = [level for level in levels if not piece.has_level(name, level)]
                 if missing or not levels:
                     what = f"no level {missing[0]:g}" if missing else "levels, and none are asked for (data.levels)"
-                    stored = ", ".join(f"{one:g}" for one in piece.levels)
+                    stored = ", ".join(f"{one:g}" for one in piece.levels(name))
                     raise DataError(f"{piece.path}: {name} has {what}; stored: {stored}")
             found += [Channel(name, float(level)) for level in levels]
         return found

@@ -20,6 +20,7 @@ from moto.server import ThreadedMotoServer
 from credit.config import parse_config
 from credit.data.describe import describe
 from credit.data.prepare import write_statistics
+from credit.data.rechunk import rechunk
 from credit.data.store import FieldStore
 from credit.errors import DataError
 from tests.stores import conf, dataset
@@ -96,6 +97,59 @@ def test_grib_fields_of_one_name_are_all_there(tmp_path) -> None:
     for value, name in enumerate(("unknown", "unknown_surface", "unknown_surface_avg"), start=1):
         read = store.read(store.channels([name], [500.0]), [0], range(13))
         np.testing.assert_allclose(read, value, rtol=1e-5, err_msg=name)
+
+
+def of_all_levels(path: Path) -> None:
+    """Of two times: variables on other sets of pressure levels, near the ground, in the ground and at the surface."""
+    kinds = [
+        *(("t", "isobaricInhPa", level, {}) for level in (500, 850)),
+        *(("u", "isobaricInhPa", level, {}) for level in (850, 500, 300)),
+        ("q", "isobaricInhPa", 700, {}),
+        *(("soilw", "depthBelowLandLayer", level, {"centre": "kwbc"}) for level in (0, 1)),
+        *(("t", "heightAboveGround", level, {"centre": "kwbc"}) for level in (80, 100)),
+        ("2t", "heightAboveGround", 2, {}),
+        ("sp", "surface", 0, {}),
+    ]
+    values = np.random.default_rng(0).normal(size=(2, len(kinds), 13, 16))
+    with path.open("wb") as stream:
+        for number, fields in enumerate(values):
+            for field, (name, kind, level, more) in zip(fields, kinds, strict=True):
+                stream.write(message(field, 6 * number, name, kind, level, **more))
+
+
+def test_variables_of_a_grib_file_have_levels_of_their_own(tmp_path) -> None:
+    """As cfgrib reads each alone; and in a copy."""
+    path = tmp_path / "all.grib2"
+    of_all_levels(path)
+    store = FieldStore(path)
+
+    def alone(name: str, kind: str, level: int | None = None) -> np.ndarray:
+        how = {"indexpath": "", "filter_by_keys": {"shortName": name, "typeOfLevel": kind}}
+        (field,) = xr.open_dataset(path, engine="cfgrib", backend_kwargs=how).data_vars.values()
+        return (field if level is None else field.sel({kind: level})).values[[1, 0]]
+
+    wanted = {
+        **{f"{name}_{level}": (name, "isobaricInhPa", level) for name in "tu" for level in (500, 850)},
+        "q": ("q", "isobaricInhPa"),
+        "soilw_depthBelowLandLayer_1": ("soilw", "depthBelowLandLayer", 1),
+        "t_heightAboveGround_80": ("t", "heightAboveGround", 80),
+        "t2m": ("2t", "heightAboveGround"),
+        "sp": ("sp", "surface"),
+    }
+    flat = [name for name in wanted if not name.endswith(("_500", "_850"))]
+    channels = store.channels([*"tu", *flat], [500.0, 850.0])
+    assert [channel.name for channel in channels] == [*wanted]
+    for channel, field in zip(channels, np.moveaxis(store.read(channels, [1, 0], range(13)), 1, 0), strict=True):
+        np.testing.assert_array_equal(field, alone(*wanted[channel.name]), err_msg=channel.name)
+    for variable, level in (("t", 300.0), ("u", 700.0)):
+        with pytest.raises(DataError, match=f"all.grib2: {variable} has no level {level:g}; stored: 850, 500"):
+            store.channels([variable], [level])
+    assert "levels: [500, 850]" in describe([str(path)])
+    rechunk(str(path), tmp_path / "copy.zarr", 13, 2, lambda done, total: None)
+    copy = FieldStore(tmp_path / "copy.zarr")
+    upper = [*channels, *store.channels(["u"], [300.0])]
+    assert copy.channels(["u"], [300.0]) == upper[-1:]
+    np.testing.assert_array_equal(copy.read(upper, [1], ROWS), store.read(upper, [1], ROWS))
 
 
 def test_an_icechunk_repository_is_read(tmp_path) -> None:
