@@ -14,7 +14,7 @@ MOST_LAYERS, MOST_CHANNELS = 1_000, 100_000
 """Of a model."""
 MOST_PROCESSES = 1_000
 """That a rank starts, and batches that are read ahead."""
-MOST_HOURS = 1_000_000
+MOST_HOURS, MOST_MONTHS = 1_000_000, 1_200
 """A century."""
 LARGEST = 1e6
 """Rates, weights, seconds, gigabytes."""

@@ -20,7 +20,6 @@ from credit import boundary
 from credit.boundary import bounded, place_of
 from credit.cli import main
 from credit.config import load_config, parse_config
-from credit.config.fields import parse_hours
 from credit.data.prepare import write_statistics
 from credit.errors import CheckpointError, ConfigError, DataError, LaunchError, Stopped, UnforeseenError
 from credit.launch.failure import PeerLostError
@@ -28,6 +27,7 @@ from credit.launch.rendezvous import NotMetError
 from credit.parallel.checkpoint import MANIFEST, list_checkpoints, newest_good_checkpoint
 from credit.reading import parse_yaml, read_yaml
 from credit.status import FILE, read_status
+from credit.steps import parse_step
 from credit.training.log import StepLog
 from tests.stores import conf, dataset, write_zarr
 
@@ -380,9 +380,7 @@ def test_places_are_theirs_before_ours_before_a_librarys(theirs) -> None:
         module.f("[")
     assert place_of(caught.value) == f"{theirs}:3, in f"
     with pytest.raises(ValueError, match="is not a duration") as caught:
-        parse_hours("x")
+        parse_step("x")
     frames = caught.value.__traceback__
     assert frames is not None
-    assert place_of(caught.value.with_traceback(frames.tb_next)).startswith(
-        f"{boundary.__file__[:-11]}config/fields.py:"
-    )
+    assert place_of(caught.value.with_traceback(frames.tb_next)).startswith(f"{boundary.__file__[:-11]}steps.py:")

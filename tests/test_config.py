@@ -40,7 +40,7 @@ def test_there_are_configs() -> None:
         ("trainer.parallelism.domain", "two", "trainer.parallelism.domain: input should be a valid integer, got 'two'"),
         ("trainer.parallelism.domain", 0, "trainer.parallelism.domain: input should be greater than or equal to 1"),
         ("trainer.epochs", None, "trainer.epochs: input should be a valid integer"),
-        ("data.step", "6 hours", "data.step: '6 hours' is not a duration; write hours or days"),
+        ("data.step", "6 hours", "data.step: '6 hours' is not a duration; write it like"),
         ("data.train", ["2020-02-01", "2020-01-01"], "data.train: the period starts at 2020-02-01"),
         ("data.test", ["2020-01-03", "2020-01-11"], "data: train and test share times"),
         ("data.missing", {"a": "ask"}, "data.missing.a: must be a number of at most 1e+30, or mask, got 'ask'"),

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from credit.bounds import LARGEST, LARGEST_VALUE, MOST_HOURS, MOST_STEPS, file, positive
+from credit.bounds import LARGEST, LARGEST_VALUE, MOST_STEPS, file, positive
 from credit.checks.preflight import preflight
 from credit.cli import _parser, main
 from credit.config import Config, load_config, parse_config
@@ -85,7 +85,7 @@ def with_value(path: Path, key: tuple[str, ...], text: str) -> str:
 def at(config: Config, key: tuple[str, ...]) -> Any:
     found: Any = config.model_dump()
     for part in key:
-        found = found.get({"step": "step_hours", "lead": "lead_hours"}.get(part, part))
+        found = found.get(part)
     return found
 
 
@@ -106,7 +106,7 @@ def nonsense(config: Config, key: tuple[str, ...], text: str) -> str:
     for one, other in zip(dict(leaves(given, "x")).values(), dict(leaves(taken, "x")).values(), strict=False):
         if isinstance(one, bool) != isinstance(other, bool):
             return f"{one!r} became {other!r}"
-        if isinstance(one, str) and isinstance(other, int | float) and key[-1] not in ("step", "lead"):
+        if isinstance(one, str) and isinstance(other, int | float):
             return f"{one!r} became {other!r}"
         if isinstance(one, int | float) and isinstance(other, datetime):
             return f"{one!r} became {other!r}"
@@ -116,7 +116,7 @@ def nonsense(config: Config, key: tuple[str, ...], text: str) -> str:
         if isinstance(one, int | float) and not isinstance(one, bool):
             most = {"missing": LARGEST_VALUE, "seed": 2**63}.get(where.split(".")[1], MOST_STEPS)
             most = 2**63 if where == "trainer.seed" else LARGEST if isinstance(one, float) and most < 1e30 else most
-            if not abs(one) <= (MOST_HOURS if where.endswith("_hours") else most):
+            if not abs(one) <= most:
                 return f"{where} is {one}"
             if one < 0 and not where.startswith(SIGNED):
                 return f"{where} is {one}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from credit.config import Config, Data
 from credit.data.demo import write_demo
 from credit.data.opening import is_remote
-from credit.data.prepare import DEMO, open_fields, store_paths
+from credit.data.prepare import DEMO, open_fields, stores_of
 from credit.domain_parallel import DomainParallelManager, ParityReport, verify_parity
 from credit.domain_parallel.groups import ProcessRanks, RankGroup
 from credit.domain_parallel.parity import Place, verify_parity_at
@@ -130,7 +130,9 @@ def _assumed(data: Data, name: str) -> int:
 
 
 def _is_here(config: Config) -> bool:
-    return any(is_remote(path) or Path(path).exists() or glob.glob(path) for path in store_paths(config))
+    return any(
+        is_remote(path) or Path(path).exists() or glob.glob(path) for one in stores_of(config) for path in one.path
+    )
 
 
 def assumption(config: Config) -> str:
@@ -143,13 +145,13 @@ def assumption(config: Config) -> str:
     upper = [name for name in data.predicted if name not in flat]
     levels = f"{', '.join(upper)} on {len(data.levels)} levels" if upper else ""
     words = "; ".join(filter(None, [levels, f"{', '.join(flat)} without" if flat else ""]))
-    return f"assumed, as {data.path[0]} is not here: {grid[0]} x {grid[1]}, {words}"
+    return f"assumed, as {data.stores[0].path[0]} is not here: {grid[0]} x {grid[1]}, {words}"
 
 
 def model_shape(config: Config) -> tuple[int, int, tuple[int, int]]:
     """Channels in and out, and the grid, as `credit.data.dataset.Fields` has them."""
     data = config.data
-    if data.path == [DEMO] and not Path(store_paths(config)[0]).exists():
+    if data.path == [DEMO] and not Path(stores_of(config)[0].path[0]).exists():
         grid = inspect.signature(write_demo).parameters["grid"].default
         return *config.model_channels(len(data.variables), len(data.diagnostics)), grid
     if data.assumed_grid is not None and not _is_here(config):

@@ -84,7 +84,7 @@ def _data(config: Config, opened: Callable[[], FieldStore]) -> Iterator[Finding]
     for period in ("train", "valid", "test"):
         steps = 1 if period == "test" else config.trainer.rollout
         try:
-            starts = store.starts(getattr(data, period), data.step_hours, steps, data.gaps, data.history)
+            starts = store.starts(getattr(data, period), data.step, steps, data.gaps, data.history)
         except CreditError as error:
             yield Finding.of(error, f"data.{period}")
             continue

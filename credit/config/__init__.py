@@ -4,6 +4,7 @@ Unknown keys are refused with the nearest known one. Light to import: no torch.
 """
 
 from credit.config.data import Data
+from credit.config.fields import Source
 from credit.config.forecast import Forecast
 from credit.config.loading import load_config, parse_config
 from credit.config.parallelism import Parallelism, Sharding
@@ -19,6 +20,7 @@ __all__ = [
     "Loss",
     "Parallelism",
     "Sharding",
+    "Source",
     "Trainer",
     "load_config",
     "parse_config",

@@ -13,16 +13,18 @@ from credit.config.fields import (
     Count,
     CountOrNone,
     Flag,
-    Hours,
     Paths,
     Period,
     Processes,
     ProcessesOrNone,
     Real,
+    Source,
+    Sources,
+    Step,
     Text,
     ValueOrMask,
-    parse_hours,
 )
+from credit.steps import of_months
 
 COMPUTED = ("cos_zenith", "sin_latitude", "cos_latitude", "sin_longitude", "cos_longitude")
 """Forcings and statics that are functions of time and place."""
@@ -31,11 +33,13 @@ COMPUTED = ("cos_zenith", "sin_latitude", "cos_latitude", "sin_longitude", "cos_
 class Data(Block):
     """Which fields, from where."""
 
-    path: Annotated[Paths, Field(min_length=1), OF_THE_RUN]
+    path: Annotated[Paths, OF_THE_RUN] = []
     """Zarr stores and netCDF files (relative to the working directory): one, a list, patterns such as "era5_*.nc", or
     addresses (s3://, gs://, https://) of zarr stores; or "demo" or "era5-sample", which come with the package."""
+    sources: Annotated[Sources, OF_THE_RUN] = []
+    """In place of path, where stores have other names for the same: blocks of path and names."""
     variables: Annotated[list[Text], Field(min_length=1), OF_THE_RUN]
-    """The state: what the model is given and predicts, by name in the store."""
+    """The state: what the model is given and predicts, by name in the store (or as sources call it)."""
     diagnostics: Annotated[list[Text], OF_THE_RUN] = []
     """What the model predicts and is not given, such as precipitation."""
     levels: Annotated[list[Real], OF_THE_RUN] = []
@@ -44,8 +48,9 @@ class Data(Block):
     """Fields without time: from the store, or sin_latitude, cos_latitude, sin_longitude, cos_longitude."""
     forcings: Annotated[list[Text], OF_THE_RUN] = []
     """Given, not predicted, at the start of a step: from the store, or cos_zenith (the sun's)."""
-    step_hours: Annotated[Hours, Field(alias="step"), OF_THE_RUN]
-    """Time from input to output, such as "6h"."""
+    step: Annotated[Step, OF_THE_RUN]
+    """Time from input to output, such as "6h", "15min" or "1mo". Of calendar months the stores have one state a month,
+    such as its mean, wherever in the month its time is."""
     history: Annotated[Count, OF_THE_RUN] = 1
     """States that the model is given: the one it starts from, and those one step before, two, ..."""
     grid: Literal["region"] | tuple[Count, Count] | None = None
@@ -61,9 +66,9 @@ class Data(Block):
     """Periods [from, to): a sample belongs to the period that holds all its times."""
     gaps: Annotated[Literal["refuse", "skip"], OF_THE_RUN] = "refuse"
     """Times whose successor one step later is missing: refuse the store, or skip those times."""
-    hold: Annotated[dict[str, str], OF_THE_RUN] = {}
-    """Of forcings that are stored less often than every step: how long a value holds, such as "1d"; the newest is
-    taken, and none that is older than that."""
+    hold: Annotated[dict[str, Step], OF_THE_RUN] = {}
+    """Of forcings that are stored less often than every step: how long a value holds, such as "1d" or "1mo"; the newest
+    is taken, and none that is older than that."""
     missing: Annotated[dict[str, ValueOrMask], OF_THE_RUN] = {}
     """Of variables with values that are missing: a number to take in their place; or mask, of places that always are,
     such as land of a sea surface temperature: left out of loss, statistics and scores, and missing in forecasts."""
@@ -93,6 +98,17 @@ class Data(Block):
         return self
 
     @model_validator(mode="after")
+    def _is_somewhere(self) -> Data:
+        if bool(self.path) == bool(self.sources):
+            raise ValueError("say where the fields are, in one of path and sources")
+        return self
+
+    @property
+    def stores(self) -> list[Source]:
+        """Of either."""
+        return self.sources or [Source(path=self.path)]
+
+    @model_validator(mode="after")
     def _named_once(self) -> Data:
         names = [*self.predicted, *self.forcings, *self.statics]
         twice = [name for name in names if names.count(name) > 1]
@@ -110,21 +126,14 @@ class Data(Block):
             raise ValueError(f"levels name {same[0]} twice (they are told apart by six digits)")
         return self
 
-    @field_validator("hold")
-    @classmethod
-    def _are_hours(cls, held: dict[str, str]) -> dict[str, str]:
-        return {name: f"{parse_hours(value)}h" for name, value in held.items()}
-
     @model_validator(mode="after")
     def _are_forcings(self) -> Data:
         others = [name for name in self.hold if name not in self.forcings or name in COMPUTED]
         if others:
             raise ValueError(f"hold: {others[0]} is not among the forcings that are read")
+        if of_months(self.step) and any(not of_months(hold) for hold in self.hold.values()):
+            raise ValueError("hold: data.step is of months, and so is how long a value holds")
         return self
-
-    @property
-    def hold_hours(self) -> dict[str, int]:
-        return {name: parse_hours(value) for name, value in self.hold.items()}
 
     @model_validator(mode="after")
     def _of_a_region(self) -> Data:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+import numpy as np
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    model_validator,
+)
 
 from credit.bounds import (
     FIRST_YEAR,
@@ -17,11 +28,11 @@ from credit.bounds import (
     LAST_YEAR,
     MOST,
     MOST_CHANNELS,
-    MOST_HOURS,
     MOST_LAYERS,
     MOST_PROCESSES,
     MOST_STEPS,
 )
+from credit.steps import parse_step, to_text
 
 
 class OfTheRun:
@@ -79,18 +90,50 @@ File = Annotated[Path, BeforeValidator(_is_text)]
 """A name of a file may hold anything else, line breaks too."""
 
 
-Paths = Annotated[list[Text], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+def _as_list(given: Any) -> Any:
+    return [given] if isinstance(given, str | dict) else given
+
+
+Paths = Annotated[list[Text], BeforeValidator(_as_list)]
 """Several, or one alone."""
 
 
+class Source(Block):
+    """Stores that have the same names of variables."""
+
+    path: Annotated[Paths, Field(min_length=1)]
+    """As `data.path`."""
+    names: dict[Text, Text] = {}
+    """What variables are called here, by their names in the stores, such as {t2m: 2m_temperature}."""
+
+    @model_validator(mode="after")
+    def _named_apart(self) -> Source:
+        ours = [*self.names.values()]
+        twice = [name for name in ours if ours.count(name) > 1]
+        if twice:
+            theirs = " and ".join(name for name, our in self.names.items() if our == twice[0])
+            raise ValueError(f"names: {theirs} are both called {twice[0]}")
+        return self
+
+
+def _as_source(given: Any) -> Any:
+    return {"path": given} if isinstance(given, str) else given
+
+
+Sources = Annotated[list[Annotated[Source, BeforeValidator(_as_source)]], BeforeValidator(_as_list)]
+"""Several, or one alone, of which a path will do."""
+
+
 def parse_moment(given: Any) -> datetime:
-    """A time in UTC, as stores have them; without a zone it is that. Numbers are none: seconds since 1970?
+    """A time in UTC, as stores have them; without a zone it is that; of a month its beginning. Numbers are none:
+    seconds since 1970?
 
     Raises:
         ValueError: if it is no time of this calendar, or one that stores cannot hold.
     """
     try:
-        moment = given if isinstance(given, datetime) else datetime.fromisoformat(given)
+        is_month = isinstance(given, str) and re.fullmatch(r"\d{4}-\d{2}", given)
+        moment = given if isinstance(given, datetime) else datetime.fromisoformat(f"{given}-01" if is_month else given)
     except (ValueError, TypeError):
         if type(given) is not date:
             raise ValueError(f"{given!r} is no date; write it like 2020-01-31 or 2020-01-31T06") from None
@@ -104,18 +147,8 @@ Moment = Annotated[datetime, BeforeValidator(parse_moment)]
 Period = tuple[Moment, Moment]
 
 
-def parse_hours(value: Any) -> int:
-    """Hours of "6h" or "5d"."""
-    text = str(value).strip()
-    unit, digits = {"h": 1, "d": 24}.get(text[-1:]), text[:-1]
-    if unit is None or not (digits.isascii() and digits.isdigit() and len(digits) < 20 and int(digits)):
-        raise ValueError(f'{value!r} is not a duration; write hours or days, like "6h" or "5d"')
-    if int(digits) * unit > MOST_HOURS:
-        raise ValueError(f"{value!r} is longer than {MOST_HOURS} hours")
-    return int(digits) * unit
-
-
-Hours = Annotated[int, BeforeValidator(parse_hours)]
+Step = Annotated[np.timedelta64, PlainValidator(parse_step), PlainSerializer(to_text, return_type=str)]
+"""A step of time, see `credit.steps`; written back as a text."""
 
 
 def refuse_flag(given: Any) -> Any:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
-from credit.config.fields import Block, Count, Hours, Paths, Text, parse_moment
+from credit.config.fields import Block, Count, Sources, Step, Text, parse_moment
 
 
 class Forecast(Block):
     """What `credit forecast` makes: of the test period, or from one start."""
 
-    lead_hours: Annotated[Hours, Field(alias="lead")]
-    """Length of a forecast, such as "5d"."""
+    lead: Step
+    """Length of a forecast, such as "5d", or "6mo" where data.step is of months."""
     every: Count = 1
     """A forecast from every n-th start of the test period."""
     members: Count = 1
@@ -21,10 +21,12 @@ class Forecast(Block):
     checkpoint: Literal["newest", "best"] = "newest"
     """best: of the least validation loss."""
     start: str | None = None
-    """One start in place of the test period's: a time in UTC, such as 2026-11-27T00, or latest: the newest that is
-    stored. No truth is needed; forcings that are not stored are taken from their climatology in the statistics."""
-    source: Paths = []
-    """Stores to start from in place of `data.path`, such as the newest analysis: states and stored statics."""
+    """One start in place of the test period's: a time in UTC, such as 2026-11-27T00, or 2026-11; or latest: the newest
+    that is stored. No truth is needed; forcings that are not stored are taken from their climatology in the statistics.
+    """
+    source: Sources = []
+    """Stores to start from in place of `data.path` or `data.sources`, such as the newest analysis: states and stored
+    statics. A path each, or a block of path and names."""
     layout: Literal["weatherbench-x", "weatherbench2"] = "weatherbench-x"
     """Names of the store's dimensions: init_time and lead_time, or time and prediction_timedelta."""
     weights: Text | None = None

@@ -118,13 +118,15 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """The keys, as written in a file, of the block at a location."""
+    """The keys of the block at a location."""
     block: Any = Config
     for key in location:
         if key in TAGS:
             block = TAGS[str(key)]
             continue
-        fields = {field.alias or name: field.annotation for name, field in block.model_fields.items()}
+        if isinstance(key, int):  # of a list, whose blocks are all alike
+            continue
+        fields = {name: field.annotation for name, field in block.model_fields.items()}
         kinds = (fields[str(key)], *get_args(fields[str(key)]))
         block = next((kind for kind in kinds if hasattr(kind, "model_fields")), block)
-    return [field.alias or name for name, field in block.model_fields.items()]
+    return [*block.model_fields]

@@ -14,6 +14,7 @@ from credit.config.fields import Block, File, or_dotted
 from credit.config.forecast import Forecast
 from credit.config.models import Model, Pangu
 from credit.config.trainer import Trainer
+from credit.steps import in_words, is_multiple
 
 CONSTRAINTS = ("nonnegative", "conserve")
 
@@ -47,8 +48,9 @@ class Config(Block):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        if self.forecast.lead_hours % self.data.step_hours:
-            raise ValueError(f"forecast.lead {self.forecast.lead_hours} h is not a multiple of data.step")
+        lead, step = self.forecast.lead, self.data.step
+        if not is_multiple(lead, step):
+            raise ValueError(f"forecast.lead {in_words(lead)} is not a multiple of data.step {in_words(step)}")
         levels = len(self.data.levels)
         if isinstance(self.model, Pangu) and levels and self.model.levels != levels:
             raise ValueError(f"model.levels is {self.model.levels}, and data.levels names {levels}")
@@ -83,6 +85,11 @@ class Config(Block):
         return self
 
     @property
+    def steps(self) -> int:
+        """Of a forecast."""
+        return int(self.forecast.lead // self.data.step)
+
+    @property
     def noise_channels(self) -> int:
         """Inputs by which the members of an ensemble differ."""
         return int(self.trainer.loss.ensemble > 1)
@@ -101,10 +108,7 @@ class Config(Block):
 
     def to_dict(self) -> dict[str, Any]:
         """As it would stand in a file."""
-        values = self.model_dump(mode="json")
-        values["data"]["step"] = f"{values['data'].pop('step_hours')}h"
-        values["forecast"]["lead"] = f"{values['forecast'].pop('lead_hours')}h"
-        return values
+        return self.model_dump(mode="json")
 
     @property
     def digest(self) -> str:

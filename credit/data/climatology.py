@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from credit.data.grid import Grid, on_grid
+from credit.data.grid import Grid, middle_of, on_grid
 from credit.errors import DataError
+from credit.steps import of_months
 
 MONTHS = 12
 
@@ -16,7 +17,7 @@ MONTHS = 12
 @dataclass(frozen=True, eq=False)
 class ForcingClimatology:
     """Means by month and hour of the day, and between the middles of two months what lies between them; the mean of a
-    time's own month where the training period has nothing of the other.
+    time's own month where the training period has nothing of the other, and where times are months.
 
     Attributes:
         means: float32, (forcing, month, hour, latitude, longitude); not finite where the training period has none.
@@ -62,16 +63,13 @@ class ForcingClimatology:
 def _months(time: np.datetime64) -> tuple[int, int, float]:
     """The month of a time, from 0, its neighbour on the nearer side, and the part of the way from middle to middle."""
     month = time.astype("datetime64[M]")
-    middle = _middle(month)
+    if of_months(time):
+        return int(month.astype(int)) % MONTHS, int(month.astype(int)) % MONTHS, 0.0
+    middle = middle_of(month)
     side = 1 if time >= middle else -1
-    part = (time - middle) / (_middle(month + side) - middle)
+    part = (time - middle) / (middle_of(month + side) - middle)
     number = int(month.astype(int))
     return number % MONTHS, (number + side) % MONTHS, float(part)
-
-
-def _middle(month: np.datetime64) -> np.datetime64:
-    begin, end = month.astype("datetime64[s]"), (month + 1).astype("datetime64[s]")
-    return begin + (end - begin) // 2
 
 
 class MeansByHour:

@@ -92,7 +92,7 @@ class Fields:
             newest: steps before `times` of the first; the others follow, each one step older.
         """
         data = self.config.data
-        back = np.arange(newest, data.history) * np.timedelta64(data.step_hours, "h")
+        back = np.arange(newest, data.history) * data.step
         indices = self.store.indices((times[:, None] - back).ravel())
         return self._normalised(indices, self.state_channels).unflatten(0, (len(times), len(back)))
 
@@ -154,8 +154,8 @@ class StepDataset(Dataset[Any]):
         data, store = fields.config.data, fields.store
         self.fields = fields
         self.steps = fields.config.trainer.rollout
-        self.starts = store.starts(getattr(data, period), data.step_hours, self.steps, data.gaps, data.history)
-        self._step = np.timedelta64(data.step_hours, "h")
+        self.starts = store.starts(getattr(data, period), data.step, self.steps, data.gaps, data.history)
+        self._step = data.step
 
     def __len__(self) -> int:
         return len(self.starts)

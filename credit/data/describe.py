@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 import yaml
 
 from credit.data.opening import expand
-from credit.data.piece import Piece, piece_of, when
+from credit.data.piece import Piece, piece_of
+from credit.data.times import when
 from credit.errors import DataError
+from credit.steps import of_months, to_text
 
 HOUR = np.timedelta64(1, "h")
 PARTS = (0.8, 0.9)
@@ -41,7 +44,7 @@ def _lines(piece: Piece, problems: dict[str, str]) -> list[str]:
     lines = [f"{piece.path}: {piece.grid.shape[0]} x {piece.grid.shape[1]}, {piece.grid}"]
     if piece.times is not None and len(piece.times):
         steps = np.diff(piece.times)
-        every = f" every {_hours(steps.min())}" if len(steps) else ""
+        every = f" every {_text(steps.min())}" if len(steps) else ""
         odd = int((steps != steps.min()).sum()) if len(steps) else 0
         gaps = f", {odd} times further apart" if odd else ""
         lines.append(f"  {len(piece.times)} times, {when(piece.times[0])} to {when(piece.times[-1])}{every}{gaps}")
@@ -49,7 +52,7 @@ def _lines(piece: Piece, problems: dict[str, str]) -> list[str]:
     for name, dims in piece.variables.items():
         attributes = piece.attributes(name)
         words = attributes.get("long_name") or attributes.get("standard_name") or ""
-        where = f"{len(piece.levels)} levels" if "level" in dims else "surface" if "time" in dims else "no time"
+        where = f"{len(piece.levels(name))} levels" if "level" in dims else "surface" if "time" in dims else "no time"
         lines.append(f"  {name:<28} {where:<12} {attributes.get('units', ''):<14} {words}{problems[name]}".rstrip())
     return lines
 
@@ -58,7 +61,7 @@ def _problem(piece: Piece, name: str, dims: tuple[str, ...]) -> str:
     if "latitude" not in dims or "longitude" not in dims:
         return " (not a field)"
     try:
-        piece.read(name, [float(piece.levels[0])] if "level" in dims else [None], [0], range(piece.grid.shape[0]))
+        piece.read(name, [float(piece.levels(name)[0])] if "level" in dims else [None], [0], range(piece.grid.shape[0]))
     except DataError as error:
         return f" ({str(error).removeprefix(f'{piece.path}: ')})"
     return ""
@@ -70,7 +73,8 @@ def _block(paths: Sequence[str], found: list[tuple[Piece, list[str]]]) -> list[s
     moving = [name for name, (_, dims) in usable.items() if "time" in dims]
     if not moving:
         return ["no field changes in time: there is nothing to predict"]
-    levels = sorted({float(one) for piece, dims in usable.values() if "level" in dims for one in piece.levels})
+    each = [piece.levels(name).astype(float) for name, (piece, dims) in usable.items() if "level" in dims]
+    levels = functools.reduce(np.intersect1d, each).tolist() if each else []
     times = np.unique(np.concatenate([piece.times for piece, _ in usable.values() if piece.times is not None]))
     steps = np.diff(times)
     step = steps.min() if len(steps) else HOUR
@@ -82,7 +86,7 @@ def _block(paths: Sequence[str], found: list[tuple[Piece, list[str]]]) -> list[s
         "statics": [*(name for name in usable if name not in moving), "sin_latitude", "cos_latitude"],
         "forcings": ["cos_zenith"],
         **({"grid": "region"} if any(piece.grid.region for piece, _ in found) else {}),
-        "step": _hours(step),
+        "step": _text(step),
         **{
             period: [when(begin), when(end)]
             for period, begin, end in zip(("train", "valid", "test"), bounds[:-1], bounds[1:], strict=True)
@@ -92,6 +96,7 @@ def _block(paths: Sequence[str], found: list[tuple[Piece, list[str]]]) -> list[s
     return yaml.safe_dump({"data": block}, sort_keys=False, default_flow_style=None, width=100).splitlines()
 
 
-def _hours(step: np.timedelta64) -> str:
-    hours = step / HOUR
-    return f"{hours:g}h" if hours < 24 or hours % 24 else f"{hours / 24:g}d"
+def _text(step: np.timedelta64) -> str:
+    """As a config has it; seconds, which none can have, as what they are."""
+    seconds = step.astype("timedelta64[s]").astype(int) if not of_months(step) else 0
+    return f"{seconds}s" if seconds % 60 else to_text(step)

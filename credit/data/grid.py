@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from credit.errors import DataError
+from credit.steps import of_months
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,17 +155,29 @@ def cos_zenith(times: np.ndarray, latitude: np.ndarray, longitude: np.ndarray) -
     """Cosine of the sun's zenith angle, 0 at night: (time, latitude, longitude), float32.
 
     cos z = sin(lat) sin(dec) + cos(lat) cos(dec) cos(hour angle), Hartmann, Global Physical Climatology, eq. 2.15;
-    declination -23.44 degrees x cos(2 pi (day of year + 10) / 365.25), good to a degree.
+    declination -23.44 degrees x cos(2 pi (day of year + 10) / 365.25), good to a degree. Of a month the mean over the
+    day in its middle, from where the sun rises to where it sets (eq. 2.16).
 
     Args:
-        times: datetime64, UTC.
+        times: datetime64, UTC; or months.
         latitude, longitude: degrees.
     """
-    day = (times - times.astype("datetime64[Y]")) / np.timedelta64(1, "D")
-    hour = (times - times.astype("datetime64[D]")) / np.timedelta64(1, "h")
-    declination = np.deg2rad(-23.44) * np.cos(2 * np.pi * (day + 11) / 365.25)
+    instants = middle_of(times) if of_months(times) else times
+    day = (instants - instants.astype("datetime64[Y]")) / np.timedelta64(1, "D")
+    declination = (np.deg2rad(-23.44) * np.cos(2 * np.pi * (day + 11) / 365.25))[:, None, None]
     latitude, longitude = np.deg2rad(latitude)[None, :, None], np.deg2rad(longitude)[None, None, :]
-    declination = declination[:, None, None]
-    hour_angle = (hour[:, None, None] / 12 - 1) * np.pi + longitude
-    cosine = np.sin(latitude) * np.sin(declination) + np.cos(latitude) * np.cos(declination) * np.cos(hour_angle)
+    lowest, range_of_day = np.sin(latitude) * np.sin(declination), np.cos(latitude) * np.cos(declination)
+    if of_months(times):
+        sunset = np.arccos(np.clip(-lowest / np.maximum(range_of_day, 1e-9), -1, 1))
+        cosine = (sunset * lowest + np.sin(sunset) * range_of_day) / np.pi + 0 * longitude
+    else:
+        hour = (times - times.astype("datetime64[D]")) / np.timedelta64(1, "h")
+        hour_angle = (hour[:, None, None] / 12 - 1) * np.pi + longitude
+        cosine = lowest + range_of_day * np.cos(hour_angle)
     return np.maximum(cosine, 0).astype(np.float32)
+
+
+def middle_of(months: np.ndarray) -> np.ndarray:
+    """datetime64[s], half-way to the next month."""
+    begin, end = (edge.astype("datetime64[s]") for edge in (months, months + np.timedelta64(1, "M")))
+    return begin + (end - begin) // 2

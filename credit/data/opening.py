@@ -21,7 +21,11 @@ from credit.errors import DataError
 
 METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 """Names of what is in a zarr store beside chunks."""
+PRESSURE = "isobaricInhPa"
+"""What cfgrib calls the axis of pressure levels."""
 GRIB = (".grib", ".grib1", ".grib2", ".grb", ".grb1", ".grb2")
+REFERENCES = (".json", ".parq", ".parquet")
+"""Of kerchunk: where in other files the chunks of a zarr store are."""
 RETRY_S = 120
 """How long requests to an object store are tried again, with growing pauses."""
 
@@ -83,8 +87,8 @@ def is_remote(path: str) -> bool:
 
 
 def open_dataset(path: str, missing: Mapping[str, Any]) -> xr.Dataset:
-    """A zarr store (a directory, a .zip, an address, an icechunk repository), a netCDF or a GRIB file; nothing is read
-    but metadata and coordinates.
+    """A zarr store (a directory, a .zip, an address, an icechunk repository, references of kerchunk), a netCDF or a
+    GRIB file; nothing is read but metadata and coordinates.
 
     Args:
         missing: variables of which values may be missing, see `credit.config.Data`: so may chunks that are all fill.
@@ -96,6 +100,9 @@ def open_dataset(path: str, missing: Mapping[str, Any]) -> xr.Dataset:
         raise DataError(f"there is no {path} (data.path, relative to {Path.cwd()}){binding_hint(Path(path))}")
     kind = "netCDF file"
     try:
+        if path.endswith(REFERENCES):
+            kind = "kerchunk reference"
+            return _open_zarr(_references(path), False, missing)
         if is_remote(path):
             kind = "zarr store"
             return _open_zarr(_object_store(path), None, missing)
@@ -121,19 +128,26 @@ def _open_zarr(store: Store, consolidated: bool | None, missing: Mapping[str, An
     dataset = xr.open_zarr(written, chunks=None, consolidated=consolidated)
     lenient = set()
     for name in missing.keys() & dataset.data_vars.keys():
-        fill: Any = zarr.open_array(written, path=name, mode="r").fill_value
+        fill = _fill_of(written, name)
         if fill != fill or fill == dataset[name].encoding.get("_FillValue") or fill == missing[name]:
             lenient.add(name)
     written.strict.append(lenient)
     for name, array in dataset.data_vars.items():
         if array.encoding.get("shards"):
-            fill = zarr.open_array(written, path=str(name), mode="r").fill_value
+            fill = _fill_of(written, str(name))
             scale, offset = (
                 array.encoding.get(key, default) for key, default in (("scale_factor", 1), ("add_offset", 0))
             )
             if np.isfinite(fill):
                 array.encoding["absent"] = float(fill * scale + offset)
     return dataset
+
+
+def _fill_of(store: Store, name: str) -> Any:
+    """What zarr takes for chunks of an array that were never written. The group knows the format: in references by
+    parquet no other may be asked for."""
+    array: Any = zarr.open_group(store, mode="r")[name]
+    return array.fill_value
 
 
 def _object_store(url: str) -> Store:
@@ -149,6 +163,18 @@ def _object_store(url: str) -> Store:
     return zarr.storage.ObjectStore(from_url(url, retry_config=retries, **options), read_only=True)
 
 
+def _references(path: str) -> Store:
+    """Through fsspec, with the credentials that it finds; a file that is referred to and not there is an error."""
+    try:
+        import fsspec
+
+        files = fsspec.filesystem("reference", fo=path, asynchronous=True, skip_instance_cache=True)
+    except ImportError as error:
+        more = f"pip install 'credit-hpc[kerchunk]', and of addresses what fsspec needs: {_line(error)}"
+        raise DataError(f"{path} is a kerchunk reference: {more}") from None
+    return zarr.storage.FsspecStore(files, read_only=True, path="")
+
+
 def _icechunk(path: str) -> Store:
     """The newest state of the branch `main`."""
     try:
@@ -160,26 +186,35 @@ def _icechunk(path: str) -> Store:
 
 def _open_grib(path: str) -> xr.Dataset:
     """All messages. A name that is on several kinds of levels has the kind's beside it, but on pressure levels; and if
-    that is taken, the kind of step's (instant, avg) too."""
+    that is taken, the kind of step's (instant, avg) too. Each set of pressure levels is an axis of its own; of several
+    levels of another kind, such as depths of soil, each is a field of its own."""
     try:
         import cfgrib
     except ModuleNotFoundError:
         raise DataError(f"{path} is a GRIB file: pip install 'credit-hpc[grib]'") from None
     parts = cfgrib.open_datasets(path, backend_kwargs={"indexpath": ""})
-    parts.sort(key=lambda part: "isobaricInhPa" not in part.dims)  # stable: these have the names first
+    parts.sort(key=lambda part: PRESSURE not in part.dims)  # stable: these have the names first
     found: dict[str, xr.DataArray] = {}
+    axes: dict[tuple[float, ...], str] = {}
     for part in parts:
         alone = [name for name, axis in part.coords.items() if axis.ndim == 0]  # at which one level, how far ahead
         if "valid_time" in alone:
             part = part.assign_coords(time=part.valid_time.values).expand_dims("time")
         part = part.drop_vars([name for name in alone if name != "time"])
+        if PRESSURE in part.dims:
+            levels = tuple(part[PRESSURE].values.tolist())
+            part = part.rename({PRESSURE: axes.setdefault(levels, f"{PRESSURE}_{len(axes)}" if axes else PRESSURE)})
         for name, field in part.data_vars.items():
             kind, step = (field.attrs.get(f"GRIB_{key}", "other") for key in ("typeOfLevel", "stepType"))
-            names = [str(name), f"{name}_{kind}", f"{name}_{kind}_{step}"]
-            free = next((one for one in names if one not in found), None)
-            if free is None:
-                raise DataError(f"{path} has two fields {names[-1]}: take one out (grib_copy -w shortName!=...)")
-            found[free] = field
+            if kind in field.dims and kind != PRESSURE:
+                each = {f"{name}_{kind}_{level:g}": field.sel({kind: level}, drop=True) for level in field[kind].values}
+            else:
+                names = [str(name), f"{name}_{kind}", f"{name}_{kind}_{step}"]
+                each = {next((one for one in names if one not in found), names[-1]): field}
+            twice = found.keys() & each.keys()
+            if twice:
+                raise DataError(f"{path} has two fields {twice.pop()}: take one out (grib_copy -w shortName!=...)")
+            found |= each
     return xr.merge([field.rename(name) for name, field in found.items()], compat="no_conflicts", join="exact")
 
 

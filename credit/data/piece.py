@@ -12,6 +12,7 @@ import xarray as xr
 from credit.data.grid import Grid
 from credit.data.opening import GRIB, AbsentChunk, chunk_of, open_dataset
 from credit.data.shared import SharedReads
+from credit.data.times import read_times, when
 from credit.errors import DataError
 
 AXES = {
@@ -21,9 +22,6 @@ AXES = {
     "level": ("air_pressure", "", ("level", "pressure_level", "isobaricInhPa", "plev", "lev", "pressure")),
 }
 """Of each axis its CF standard name and units, and the names that stores in the field use for it."""
-
-ROUNDED = ((np.timedelta64(1, "h"), np.timedelta64(60, "s")), (np.timedelta64(1, "m"), np.timedelta64(5, "s")))
-"""Times are taken to whole hours, or minutes, if all are so close to one: days as floating-point numbers miss them."""
 
 NO_FIELD = 9e36
 """netCDF's fill value of floats is 9.97e36, and is not always declared."""
@@ -36,12 +34,15 @@ class Piece:
         path: or address.
         missing: what to take in place of missing values of some variables: a number, or NaN where it says mask.
         region: of a part of the globe.
+        monthly: of one state a month; None: if it looks like that.
+        names: what variables are called here, by their names in the store; it need not have all of them.
 
     Attributes:
         path: where it is.
         grid: the latitude-longitude grid.
-        times: datetime64[ns], ascending; None if it has no time.
+        times: see `read_times`; None if it has no time.
         notes: what was taken otherwise than it stands in the store, in words.
+        names: as given.
         variables: names of all, with their axes.
         shared: with the ranks of this node that read the same but for the rows, if there are any.
 
@@ -49,8 +50,15 @@ class Piece:
         DataError: if the store is missing, cannot be opened, or has no such axes.
     """
 
-    def __init__(self, path: str, missing: Mapping[str, Any] | None = None, region: bool = False) -> None:
-        self.path, self._missing = path, missing or {}
+    def __init__(
+        self,
+        path: str,
+        missing: Mapping[str, Any] | None = None,
+        region: bool = False,
+        monthly: bool | None = False,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path, self._missing, self.names = path, missing or {}, names or {}
         self.shared: SharedReads | None = None
         dataset = self.dataset
         try:
@@ -58,18 +66,37 @@ class Piece:
             self.times: np.ndarray | None = None
             self.notes: list[str] = []
             if "time" in dataset.dims:
-                self.times, self.notes = ascending_times(dataset["time"])
+                self.times, self.notes = read_times(dataset, monthly)
         except DataError as error:
             raise DataError(f"{self.path}: {error}") from None
-        self.variables = {str(name): tuple(map(str, array.dims)) for name, array in dataset.data_vars.items()}
+        self.variables = {
+            str(name): tuple("level" if dim in self.level_axes else str(dim) for dim in array.dims)
+            for name, array in dataset.data_vars.items()
+        }
 
     @cached_property
     def dataset(self) -> xr.Dataset:
         """Opened at the first use, under the names of `AXES`."""
-        dataset = open_dataset(self.path, self._missing)
+        stored = {ours: name for name, ours in self.names.items()}
+        dataset = open_dataset(self.path, {stored.get(name, name): how for name, how in self._missing.items()})
+        dataset = self._called_ours(dataset)
         for axis in AXES:
             dataset = _with_axis(dataset, axis, self.path)
         return dataset
+
+    def _called_ours(self, dataset: xr.Dataset) -> xr.Dataset:
+        names = {name: ours for name, ours in self.names.items() if name in dataset.data_vars}
+        taken = [ours for ours in names.values() if ours in dataset.variables and ours not in names]
+        if taken:
+            theirs = next(name for name, ours in names.items() if ours == taken[0])
+            raise DataError(f"{self.path} has {theirs}, to be called {taken[0]}, and {taken[0]}: name it otherwise")
+        return dataset.rename(names)
+
+    @property
+    def stored_names(self) -> list[str]:
+        """Of the variables, in the store."""
+        stored = {ours: name for name, ours in self.names.items()}
+        return [stored.get(name, name) for name in self.variables]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the open files: whoever gets this opens them again, at the first read."""
@@ -81,15 +108,21 @@ class Piece:
         return {str(key): one.tolist() if isinstance(one, np.generic | np.ndarray) else one for key, one in attributes}
 
     @cached_property
-    def levels(self) -> np.ndarray:
-        """As the store numbers them."""
-        levels = self.dataset["level"].values
+    def level_axes(self) -> list[str]:
+        """Variables of one store may have different levels: the axes of them, `level` the first."""
+        axes = self.dataset.coords.items()
+        return [str(name) for name, axis in axes if axis.dims == (name,) and _is_level(str(name), axis)]
+
+    def levels(self, variable: str) -> np.ndarray:
+        """Of a variable that has them, as the store numbers them."""
+        axis = next(dim for dim in self.dataset[variable].dims if dim in self.level_axes)
+        levels = self.dataset[axis].values
         if not np.issubdtype(levels.dtype, np.number):
             raise DataError(f"{self.path}: the levels are {levels.dtype}, not numbers: {levels[:4].tolist()}")
         return levels
 
-    def has_level(self, level: float) -> bool:
-        return bool(np.isclose(self.levels, level, rtol=1e-5).any())
+    def has_level(self, variable: str, level: float) -> bool:
+        return bool(np.isclose(self.levels(variable), level, rtol=1e-5).any())
 
     def read(self, name: str, levels: Sequence[float | None], times: Sequence[int], rows: range) -> np.ndarray:
         """Fields at some times: float32, (time, level, row, longitude). Reads `rows` and no others.
@@ -101,7 +134,7 @@ class Piece:
             DataError: if a chunk was never written or is damaged, or at the first value that is not finite.
         """
         field = self._one_field(name)
-        index = [int(np.abs(self.levels - level).argmin()) for level in levels if level is not None]
+        index = [int(np.abs(self.levels(name) - level).argmin()) for level in levels if level is not None]
         dims = [dim for dim in ("time", "level", "latitude", "longitude") if dim in field.dims]
 
         def decode(rows: range) -> np.ndarray:
@@ -133,6 +166,8 @@ class Piece:
     def _one_field(self, name: str) -> xr.DataArray:
         """Without axes of length 1 that are of no interest here (an ensemble's number, expver)."""
         array = self.dataset[name]
+        axis = next((dim for dim in array.dims if dim in self.level_axes), "level")
+        array = array if axis == "level" else array.rename({axis: "level"})
         others = [dim for dim in array.dims if dim not in AXES]
         for dim in others:
             if array.sizes[dim] > 1:
@@ -208,12 +243,17 @@ def piece_of(path: str, missing: Mapping[str, Any] | None = None) -> Piece:
         DataError: if it is neither: why it is not of the globe.
     """
     try:
-        return Piece(path, missing)
+        return Piece(path, missing, monthly=None)
     except DataError as error:
         try:
-            return Piece(path, missing, region=True)
+            return Piece(path, missing, region=True, monthly=None)
         except DataError:
             raise error from None
+
+
+def _is_level(name: str, axis: xr.DataArray) -> bool:
+    standard, _, names = AXES["level"]
+    return name in names or axis.attrs.get("standard_name") == standard
 
 
 def _with_axis(dataset: xr.Dataset, axis: str, path: str) -> xr.Dataset:
@@ -246,52 +286,6 @@ def _with_axis(dataset: xr.Dataset, axis: str, path: str) -> xr.Dataset:
     return dataset.drop_vars(axis, errors="ignore").rename({found: axis})
 
 
-def ascending_times(time: xr.DataArray) -> tuple[np.ndarray, list[str]]:
-    """Times as datetime64[ns], and what was done to them, in words.
-
-    Raises:
-        DataError: if they are no dates of the standard calendar, or are not ascending, saying where.
-    """
-    times = time.values
-    notes: list[str] = []
-    calendar = getattr(times[0], "calendar", None) if times.dtype == object and len(times) else None
-    if calendar in ("noleap", "365_day"):  # all of whose dates there are
-        times = np.array([one.isoformat() for one in times], dtype="datetime64[ns]")
-        notes.append(f"the calendar {calendar} has no 29 February: set data.gaps: skip, to leave out steps across it")
-    elif calendar is not None:
-        raise DataError(
-            f"its calendar is {calendar}, and steps and the sun's place are counted in the standard one: "
-            f"convert it (xarray: dataset.convert_calendar('standard')), and set data.gaps: skip"
-        )
-    if not np.issubdtype(times.dtype, np.datetime64):
-        raise DataError(f"time holds {times.dtype}, not dates: its units must be like 'hours since 1970-01-01'")
-    if np.isnat(times).any():
-        raise DataError(f"time number {int(np.isnat(times).argmax())} is missing")
-    times = times.astype("datetime64[ns]")
-    for unit, near in ROUNDED:
-        half = unit.astype("timedelta64[ns]") // 2
-        whole = (times + half).astype(f"datetime64[{np.datetime_data(unit)[0]}]").astype(times.dtype)
-        apart = abs(times - whole).max(initial=np.timedelta64(0))
-        if apart <= near:
-            if apart > np.timedelta64(0):
-                odd = int((times != whole).argmax())
-                seconds = apart / np.timedelta64(1, "s")
-                notes.append(
-                    f"times are up to {seconds:.3g} seconds off: {when(times[odd])} was taken as {when(whole[odd])}"
-                )
-                times = whole
-            break
-    back = np.flatnonzero(np.diff(times) <= np.timedelta64(0))
-    if len(back):
-        first = int(back[0])
-        word = "twice" if times[first] == times[first + 1] else "out of order"
-        raise DataError(
-            f"times must ascend: {when(times[first + 1])} comes {word}, at {first + 1} of {len(times)}, after "
-            f"{when(times[first])} (xarray: dataset.sortby('time').drop_duplicates('time'))"
-        )
-    return times, notes
-
-
 UNITS = {"kelvin": "K", "degrees_kelvin": "K", "celsius": "degC", "pascal": "Pa", "meters": "m", "metres": "m"}
 """Other words for units, of those that stores in the field use."""
 
@@ -312,9 +306,3 @@ def _plain_units(units: str) -> list[str]:
                 factor = f"{name}-{factor[len(name) :] or 1}"
             factors.append(factor)
     return sorted(factor for factor in factors if factor != "1")
-
-
-def when(time: np.datetime64) -> str:
-    """To the minute, or the second if there are any."""
-    whole = time == time.astype("datetime64[m]")
-    return str(np.datetime_as_string(time, "m" if whole else "s"))

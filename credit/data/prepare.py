@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from credit.config import Config, Data
+from credit.config import Config, Data, Source
 from credit.data.statistics import Statistics, compute_statistics, origin_of
 from credit.data.store import FieldStore
 from credit.errors import Stopped
+from credit.steps import of_months
 from credit.stop import StopRequest
 
 SAMPLES = {"era5-sample": Path(__file__).parent / "sample" / "era5_1deg.nc"}
@@ -19,34 +20,40 @@ DEMO = "demo"
 
 def is_built_in(config: Config) -> bool:
     """True if the package can make the data and their statistics itself, in a minute."""
-    return config.data.path == [DEMO] or config.data.path[0] in SAMPLES
+    return config.data.path[:1] in ([DEMO], *([name] for name in SAMPLES))
 
 
-def store_paths(config: Config) -> list[str]:
-    """What `data.path` means."""
-    if config.data.path == [DEMO]:
-        return [str(config.run / "demo.zarr")]
-    return [str(SAMPLES.get(path, path)) for path in config.data.path]
+def stores_of(config: Config) -> list[Source]:
+    """What `data.path` or `data.sources` means."""
+    known = {DEMO: config.run / "demo.zarr", **SAMPLES} if is_built_in(config) else {}
+    return [
+        Source(path=[str(known.get(path, path)) for path in one.path], names=one.names) for one in config.data.stores
+    ]
+
+
+def _made_at(config: Config) -> Path:
+    """Of built-in data."""
+    return Path(stores_of(config)[0].path[0])
 
 
 def is_made(config: Config) -> bool:
     """False for built-in data that are yet to be made, or have no statistics yet."""
-    return not is_built_in(config) or (Path(store_paths(config)[0]).exists() and config.stats_path.exists())
+    return not is_built_in(config) or (_made_at(config).exists() and config.stats_path.exists())
 
 
 def open_fields(config: Config) -> FieldStore:
     """The stores of the config, at the times at which all that it reads is there."""
     data = config.data
-    return _open(data, store_paths(config), [*data.predicted, *data.given])
+    return _open(data, stores_of(config), [*data.predicted, *data.given])
 
 
 def open_analysis(config: Config) -> FieldStore:
     """What a forecast from one start begins with: stores with states and statics, at times at which all states are."""
-    return _open(config.data, config.forecast.source or store_paths(config), config.data.variables)
+    return _open(config.data, config.forecast.source or stores_of(config), config.data.variables)
 
 
-def _open(data: Data, paths: list[str], variables: list[str]) -> FieldStore:
-    return FieldStore(paths, variables, data.missing, data.is_region, data.hold_hours)
+def _open(data: Data, stores: list[Source], variables: list[str]) -> FieldStore:
+    return FieldStore(stores, variables, data.missing, data.is_region, data.hold, of_months(data.step))
 
 
 def make_built_in(config: Config, request: StopRequest | None = None) -> None:
@@ -57,7 +64,7 @@ def make_built_in(config: Config, request: StopRequest | None = None) -> None:
     """
     if not is_built_in(config):
         return
-    path = Path(store_paths(config)[0])
+    path = _made_at(config)
     if config.data.path == [DEMO] and not path.exists():
         from credit.data.demo import write_demo
 

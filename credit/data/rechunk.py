@@ -12,6 +12,7 @@ import zarr
 
 from credit.data.opening import AbsentChunk
 from credit.data.piece import AXES, Piece, piece_of
+from credit.data.times import time_bounds
 from credit.errors import DataError
 from credit.files import whole
 
@@ -39,7 +40,7 @@ def rechunk(source: str, path: Path, rows: int | None, times: int, progress: Cal
     piece = with_gaps(source)
     fields = {name: field.transpose("time", ..., missing_dims="ignore") for name, field in piece_fields(piece).items()}
     sizes = {"latitude": rows or -(-piece.grid.shape[0] // PARTS), "time": times}
-    axes = {name: values for name, values in piece.dataset.coords.items() if name in AXES}
+    axes = {name: values for name, values in piece.dataset.coords.items() if name in (*AXES, *piece.level_axes)}
     with whole(path) as partial:
         group = create_store(partial, piece, axes, fields, piece.grid.shape, sizes)
         lengths = {name: field.sizes.get("time", 1) for name, field in fields.items()}
@@ -53,7 +54,7 @@ def rechunk(source: str, path: Path, rows: int | None, times: int, progress: Cal
 def with_gaps(source: str) -> Piece:
     """A store of which any value may be missing, and is so in a copy."""
     piece = piece_of(source)
-    return Piece(source, dict.fromkeys(piece.variables, "mask"), piece.grid.region)
+    return Piece(source, dict.fromkeys(piece.variables, "mask"), piece.grid.region, monthly=None)
 
 
 def piece_fields(piece: Piece) -> dict[str, xr.DataArray]:
@@ -92,6 +93,10 @@ def create_store(
         chunk: sizes of a chunk along some dimensions; along others it is whole.
     """
     empty = xr.Dataset(coords=axes, attrs=piece.dataset.attrs).drop_encoding()
+    bounds = time_bounds(piece.dataset) if "time" in axes else None
+    if bounds is not None:  # the times of the copy, too, are those of the middles
+        empty = empty.assign_coords({bounds.name: bounds.drop_encoding()})
+        empty["time"].encoding = {key: piece.dataset["time"].encoding[key] for key in ("units", "calendar")}
     empty.to_zarr(path, consolidated=False, zarr_format=3)
     group = zarr.open_group(path, mode="r+")
     for name, field in fields.items():

@@ -16,10 +16,12 @@ import xarray as xr
 from credit.config import Config, Data
 from credit.data.climatology import ForcingClimatology, MeansByHour
 from credit.data.grid import Grid, on_grid
-from credit.data.piece import same_units, when
+from credit.data.piece import same_units
 from credit.data.store import Channel, FieldStore
+from credit.data.times import when
 from credit.errors import DataError
 from credit.files import rename_synced
+from credit.steps import in_words
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +155,7 @@ def origin_of(data: Data, grid: Grid) -> dict[str, str]:
     """What statistics depend on beside the fields: keys of the config, and the grid in any order."""
     places = [np.sort(axis.astype(np.float64)).round(4).tolist() for axis in (grid.latitude, grid.longitude)]
     return {
-        "data.step": f"{data.step_hours} h",
+        "data.step": in_words(data.step),
         "data.train": " to ".join(map(str, data.train)),
         "data.gaps": data.gaps,
         **({"data.missing": json.dumps(data.missing, sort_keys=True)} if data.missing else {}),
@@ -171,8 +173,8 @@ def compute_statistics(config: Config, store: FieldStore, progress: Callable[[in
     data = config.data
     predicted = store.channels(data.predicted, data.levels)
     channels: list[Channel] = [*predicted, *store.channels(data.given)]
-    starts = store.starts(data.train, data.step_hours, 1, data.gaps)
-    successors = store.indices(store.times[starts] + np.timedelta64(data.step_hours, "h"))
+    starts = store.starts(data.train, data.step, 1, data.gaps)
+    successors = store.indices(store.times[starts] + data.step)
     times, after = np.union1d(starts, successors), dict(zip(starts.tolist(), successors, strict=True))
     rows = range(store.grid.shape[0])
     names = [channel.name for channel in channels]
@@ -189,7 +191,7 @@ def compute_statistics(config: Config, store: FieldStore, progress: Callable[[in
         progress(done + 1, len(times))
     mean, std, rms_increment = sums.moments(len(times), len(starts))
     _refuse_still(store, names, std, "is constant over the training period: leave it out")
-    still = f"does not change in {data.step_hours} h: give it as one of data.statics"
+    still = f"does not change in {in_words(data.step)}: give it as one of data.statics"
     _refuse_still(store, names, rms_increment, still)
     return Statistics(
         dict(zip(names, mean.tolist(), strict=True)),

@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from credit.config import Source
 from credit.data.climatology import ForcingClimatology
 from credit.data.grid import COS_ZENITH, STATIC_FIELDS, Grid, cos_zenith
 from credit.data.opening import expand
-from credit.data.piece import Piece, same_units, when
+from credit.data.piece import Piece, same_units
 from credit.data.shared import SharedReads
+from credit.data.times import when
 from credit.errors import DataError
+from credit.steps import in_words, later
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,15 @@ class FieldStore:
     are, and each variable in others.
 
     Args:
-        paths: of one, or several; patterns and addresses as in `data.path`.
+        paths: of one, or several; patterns and addresses as in `data.path`, or sources as in `data.sources`.
         variables: those that are wanted: times are those at which all of them are there. All by default.
-        missing, region: see `Piece`.
-        hold: hours for which a value of some variables holds, that are stored less often.
+        missing, region, monthly: see `Piece`.
+        hold: how long a value of some variables holds, that are stored less often.
 
     Attributes:
         path: the first path, for messages.
         grid: the latitude-longitude grid.
-        times: datetime64[ns], ascending.
+        times: ascending, see `read_times`.
         notes: what was taken otherwise than it stands in the stores, in words.
 
     Raises:
@@ -53,15 +56,21 @@ class FieldStore:
 
     def __init__(
         self,
-        paths: str | Path | Sequence[str],
+        paths: str | Path | Sequence[str | Source],
         variables: Sequence[str] | None = None,
         missing: Mapping[str, Any] | None = None,
         region: bool = False,
-        hold: Mapping[str, int] | None = None,
+        hold: Mapping[str, np.timedelta64] | None = None,
+        monthly: bool = False,
     ) -> None:
-        self._hold = {name: np.timedelta64(hours, "h") for name, hours in (hold or {}).items()}
-        each = expand([str(paths)] if isinstance(paths, str | Path) else paths)
-        self._pieces = [Piece(path, missing, region) for path in each]
+        self._hold = dict(hold or {})
+        given = [str(paths)] if isinstance(paths, str | Path) else paths
+        sources = [one if isinstance(one, Source) else Source(path=[one]) for one in given]
+        self._pieces = [
+            Piece(path, missing, region, monthly, one.names) for one in sources for path in expand(one.path)
+        ]
+        for source in sources:
+            self._refuse_other_names(source.names)
         first = self._pieces[0]
         more = len(self._pieces) - 1
         self.path = Path(first.path)
@@ -90,6 +99,16 @@ class FieldStore:
         """Read from now on together with others of this node; None: alone."""
         for piece in self._pieces:
             piece.shared = shared
+
+    def _refuse_other_names(self, names: Mapping[str, str]) -> None:
+        """Raise a DataError if none of the stores that have a source's names has one of them."""
+        pieces = [piece for piece in self._pieces if piece.names is names]
+        for name, ours in names.items():
+            if not any(ours in piece.variables for piece in pieces):
+                known = [one for piece in pieces for one in piece.stored_names]
+                raise DataError(
+                    f"{pieces[0].path} has no variable {name!r}, to be called {ours!r}{_suggest(name, known)}"
+                )
 
     def _places_of(self, name: str) -> _Places:
         """Where the times of a variable are.
@@ -139,10 +158,10 @@ class FieldStore:
                 found.append(Channel(name))
                 continue
             for piece in pieces:
-                missing = [level for level in levels if not piece.has_level(level)]
+                missing = [level for level in levels if not piece.has_level(name, level)]
                 if missing or not levels:
                     what = f"no level {missing[0]:g}" if missing else "levels, and none are asked for (data.levels)"
-                    stored = ", ".join(f"{one:g}" for one in piece.levels)
+                    stored = ", ".join(f"{one:g}" for one in piece.levels(name))
                     raise DataError(f"{piece.path}: {name} has {what}; stored: {stored}")
             found += [Channel(name, float(level)) for level in levels]
         return found
@@ -217,7 +236,7 @@ class FieldStore:
         """Where `times` are in `stored`, which ascend, or the last before that are less than `hold` old."""
         found, missing = _last(stored, times, hold)
         if missing.any():
-            held = "" if hold is None else f" nor in the {hold / np.timedelta64(1, 'h'):g} h before (data.hold)"
+            held = "" if hold is None else f" nor in the {in_words(hold)} before (data.hold)"
             raise DataError(f"{self._words} has no {what} {when(times[missing][0])}{held}")
         return found
 
@@ -233,7 +252,9 @@ class FieldStore:
         places = self._places.get(variable)
         return {} if places is None else self._pieces[places.owner[0]].attributes(variable)
 
-    def starts(self, period: Sequence[Any], step_hours: int, steps: int, gaps: str, history: int = 1) -> np.ndarray:
+    def starts(
+        self, period: Sequence[Any], step: np.timedelta64, steps: int, gaps: str, history: int = 1
+    ) -> np.ndarray:
         """Indices of the times t of a period with t + step, ..., t + steps x step in it and in the store.
 
         Args:
@@ -245,7 +266,6 @@ class FieldStore:
             DataError: at a gap that is not to be skipped, or if nothing is left.
         """
         begin, end = (np.datetime64(bound.replace(tzinfo=None), "ns") for bound in period)
-        step = np.timedelta64(step_hours, "h")
         inside = np.flatnonzero((self.times >= begin) & (self.times < end))
         wanted = self.times[inside][:, None] + step * np.arange(1, steps + 1)
         stored = np.isin(wanted, self.times)
@@ -256,14 +276,14 @@ class FieldStore:
             first = int(np.flatnonzero(gap.any(axis=1))[0])
             raise DataError(
                 f"{self._words}: {when(self.times[inside[first]])} is not followed by a time "
-                f"{step_hours} h later ({gap[:, 0].sum()} such gaps in the period): complete the store, choose "
+                f"{in_words(step)} later ({gap[:, 0].sum()} such gaps in the period): complete the store, choose "
                 f"data.step to fit it, or set data.gaps: skip"
             )
         starts = inside[(stored & (wanted < end)).all(axis=1) & has_history]
         if len(starts) == 0:
             after = f" after {history} states" if history > 1 else ""
             raise DataError(
-                f"{self._words}: no sample of {steps} step(s) of {step_hours} h{after} "
+                f"{self._words}: no sample of {steps} step(s) of {in_words(step)}{after} "
                 f"between {period[0]} and {period[1]}; the store runs from {when(self.times[0])} to "
                 f"{when(self.times[-1])}"
             )
@@ -282,8 +302,8 @@ class _Places:
 def _last(stored: np.ndarray, times: np.ndarray, hold: np.timedelta64 | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Where in `stored` the last is that is not after each of `times`; true where it is too old, or there is none."""
     found = np.searchsorted(stored, times, side="right") - 1
-    age = times - stored[found]
-    return found, (found < 0) | (age > np.timedelta64(0) if hold is None else age >= hold)
+    newest = stored[found]
+    return found, (found < 0) | (times != newest if hold is None else times >= later(newest, hold))
 
 
 def forcing_fields(

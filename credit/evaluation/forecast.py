@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import credit
 from credit.config import Config, InitFrom
 from credit.data.dataset import Fields
-from credit.data.piece import when
 from credit.data.sampler import DataParallelSampler
 from credit.data.store import FieldStore
+from credit.data.times import when
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, Window, make_plan
 from credit.errors import CheckpointError, CreditError, DataError
@@ -28,6 +28,7 @@ from credit.launch.job import Job, sole_writer
 from credit.parallel.checkpoint import Checkpointer, best_checkpoint, list_checkpoints, verify_checkpoint
 from credit.parallel.collectives import gather_objects, together
 from credit.parallel.weights import read_facts
+from credit.steps import in_words, of_months
 from credit.training.facts import OF_TRAINING, refuse_other_run, refuse_other_weights, run_facts
 from credit.training.log import Progress
 from credit.training.noise import Noise
@@ -43,7 +44,13 @@ NAMES: dict[str, dict[str, str]] = {
 
 def forecast_path(run: Path, start: np.datetime64 | None = None) -> Path:
     """Of the test period's forecasts, or of one from a start."""
-    return run / ("forecast.zarr" if start is None else f"forecast-{np.datetime_as_string(start, 'h')}.zarr")
+    return run / ("forecast.zarr" if start is None else f"forecast-{_in_names(start)}.zarr")
+
+
+def _in_names(time: np.datetime64) -> str:
+    """Of files: 2026-11-27T00, or T0015 if there are minutes; of a month 2026-11."""
+    whole = of_months(time) or time == time.astype("datetime64[h]")
+    return when(time) if of_months(time) else np.datetime_as_string(time, "h" if whole else "m").replace(":", "")
 
 
 def read_forecasts(path: Path) -> xr.Dataset:
@@ -51,6 +58,17 @@ def read_forecasts(path: Path) -> xr.Dataset:
     dataset = xr.open_zarr(path, chunks=None, consolidated=False)
     theirs = {name: own for names in NAMES.values() for own, name in names.items()}
     return dataset if "init_time" in dataset.dims else dataset.rename(theirs)
+
+
+def lead_times(forecasts: xr.Dataset) -> np.ndarray:
+    """timedelta64, (lead,); in months where the steps are, for which xarray has no type."""
+    leads = forecasts["lead_time"]
+    return leads.values.astype("timedelta64[M]") if leads.attrs.get("units") == "months" else leads.values
+
+
+def valid_times(inits: np.ndarray, leads: np.ndarray) -> np.ndarray:
+    """What forecasts are of: datetime64, with the axes of both."""
+    return (inits.astype("datetime64[M]") if of_months(leads) else inits) + leads
 
 
 @torch.no_grad()
@@ -68,7 +86,7 @@ def roll_out(
     Args:
         noise: of a step, from 0, (start, 1, local row, longitude): for a model that was trained as an ensemble.
     """
-    step = np.timedelta64(fields.config.data.step_hours, "h")
+    step = fields.config.data.step
     unit, channels, times = fields.unit.to(device, torch.float64), fields.state_channels, fields.store.times[starts]
     edge = None if fields.edge is None else fields.edge.to(device)
     with together("reading the data"):
@@ -106,21 +124,21 @@ def forecast(job: Job) -> Path:
 def _starts(config: Config, store: FieldStore) -> np.ndarray:
     """Places in the store of the times to forecast from."""
     data, start = config.data, config.forecast.start
-    steps = config.forecast.lead_hours // data.step_hours
+    steps, step = config.steps, data.step
     if start is None:
-        starts = store.starts(data.test, data.step_hours, steps, data.gaps, data.history)
+        starts = store.starts(data.test, step, steps, data.gaps, data.history)
         return starts[:: config.forecast.every]
     around = range(1 - data.history, steps + 1 if data.boundary else 1)
-    needed = np.array(around) * np.timedelta64(data.step_hours, "h")
+    needed = np.array(around) * step
     whole = np.isin(store.times[:, None] + needed, store.times).all(axis=1)
-    before = f" with those up to {(data.history - 1) * data.step_hours} h before" if data.history > 1 else ""
-    before += f" and, for the boundary, up to {steps * data.step_hours} h after" if data.boundary else ""
+    before = f" with those up to {in_words((data.history - 1) * step)} before" if data.history > 1 else ""
+    before += f" and, for the boundary, up to {in_words(steps * step)} after" if data.boundary else ""
     stored = f"{store} has {len(store.times)}, from {when(store.times[0])} to {when(store.times[-1])}"
     if not whole.any():
         raise DataError(f"no state{before} is stored to start from: {stored}")
     if start == "latest":
         return np.flatnonzero(whole)[-1:]
-    place = np.flatnonzero(whole & (store.times == np.datetime64(start, "ns")))
+    place = np.flatnonzero(whole & (store.times == np.datetime64(start).astype(store.times.dtype)))
     if len(place) == 0:
         raise DataError(f"no state at {start}{before} is stored (forecast.start): {stored}")
     return place
@@ -132,7 +150,7 @@ def _forecast(job: Job) -> Path:
     store, statistics = open_store(job, analysis=one)
     with together("preparing the forecast"):
         fields = Fields(config, store, statistics, job.rows(store.grid.shape[0]), beyond=one)
-        steps = config.forecast.lead_hours // config.data.step_hours
+        steps = config.steps
         starts = _starts(config, store)
     model, newest = _trained(job, fields, run_facts(config, statistics, store.grid))
     path = forecast_path(config.run, store.times[starts[0]] if one else None)
@@ -149,12 +167,12 @@ def _forecast(job: Job) -> Path:
     broken: str | None = None
     for ((number, weight),) in sampler:
         index, member = divmod(number, members)
-        hours = int(store.times[starts[index]].astype("datetime64[h]").astype(int))
-        noise = functools.partial(draw, [(hours, member)]) if config.noise_channels else None
+        minutes = int(store.times[starts[index]].astype("datetime64[m]").astype(int))
+        noise = functools.partial(draw, [(minutes, member)]) if config.noise_channels else None
         states = roll_out(model, fields, starts[[index]], steps, job.device, dtype, noise)
         for lead, state in enumerate(states):
             if not bool(state.isfinite().all()) and broken is None:
-                broken = f"{store.times[starts[index]]} + {(lead + 1) * config.data.step_hours} h"
+                broken = f"{when(store.times[starts[index]])} + {in_words((lead + 1) * config.data.step)}"
             piece = chunk.of(state)
             with together("writing the forecast"):
                 if weight and job.coords.tp == 0:
@@ -174,7 +192,7 @@ def _forecast(job: Job) -> Path:
             sync_directory(path.parent)
     of_members = f"{members} members, " if members > 1 else ""
     from_one = f" from {when(store.times[starts[0]])}" if one else ""
-    job.say(f"{len(starts)} forecasts{from_one} of {of_members}{config.forecast.lead_hours} h by {newest} -> {path}")
+    job.say(f"{len(starts)} forecasts{from_one} of {of_members}{in_words(config.forecast.lead)} by {newest} -> {path}")
     return path
 
 
@@ -240,10 +258,8 @@ def _create(path: Path, fields: Fields, starts: np.ndarray, steps: int, checkpoi
     """An empty store with its coordinates and attributes, in chunks of so many rows."""
     shutil.rmtree(path, ignore_errors=True)
     store, data = fields.store, fields.config.data
-    leads = np.arange(1, steps + 1) * data.step_hours * HOUR
-    coordinates = {
-        "init_time": ("init_time", store.times[starts], {"standard_name": "forecast_reference_time"}),
-        "lead_time": ("lead_time", leads.astype("timedelta64[ns]"), {"standard_name": "forecast_period"}),
+    coordinates, encoding = _axes_of_time(store.times[starts], np.arange(1, steps + 1) * data.step)
+    coordinates |= {
         "latitude": ("latitude", store.grid.latitude, {"standard_name": "latitude", "units": "degrees_north"}),
         "longitude": ("longitude", store.grid.longitude, {"standard_name": "longitude", "units": "degrees_east"}),
     }
@@ -254,12 +270,10 @@ def _create(path: Path, fields: Fields, starts: np.ndarray, steps: int, checkpoi
         coordinates["level"] = ("level", np.array(data.levels), {"positive": "down"})
     attributes = {
         "Conventions": "CF-1.10",
-        "title": f"Forecasts of {fields.config.model.name} every {data.step_hours} h",
+        "title": f"Forecasts of {fields.config.model.name} every {in_words(data.step)}",
         "source": f"credit {credit.__version__}, checkpoint {checkpoint.name}, from {store.path.name}",
     }
     names = NAMES[fields.config.forecast.layout]
-    hours = {"dtype": "int64", "units": "hours"}
-    encoding = {"init_time": {"units": "hours since 1970-01-01", "dtype": "int64"}, "lead_time": hours}
     encoding = {names.get(name, name): values for name, values in encoding.items()}
     empty = xr.Dataset(coords=coordinates, attrs=attributes).rename(names)
     empty.to_zarr(path, mode="w", consolidated=False, encoding=encoding)
@@ -283,6 +297,29 @@ def _create(path: Path, fields: Fields, starts: np.ndarray, steps: int, checkpoi
             dimension_names=[names.get(dim, dim) for dim in sizes],
             attributes=store.attributes(variable),
         )
+
+
+def _axes_of_time(inits: np.ndarray, leads: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Coordinates, and how they are written: in whole hours, or minutes if there are any. Of months, which have no type
+    in xarray, the first days, the number of them ahead, and what they lead to."""
+    hourly = of_months(leads) or not ((inits - inits.astype("datetime64[h]")).any() or (leads % HOUR).any())
+    unit = "hours" if hourly else "minutes"
+    since = {"units": f"{unit} since 1970-01-01", "dtype": "int64"}
+    init = ("init_time", inits.astype("datetime64[ns]"), {"standard_name": "forecast_reference_time"})
+    period = {"standard_name": "forecast_period"}
+    if not of_months(leads):
+        lead = ("lead_time", leads.astype("timedelta64[ns]"), period)
+        return {"init_time": init, "lead_time": lead}, {
+            "init_time": since,
+            "lead_time": {"units": unit, "dtype": "int64"},
+        }
+    valid = valid_times(inits[:, None], leads).astype("datetime64[ns]")
+    axes = {
+        "init_time": init,
+        "lead_time": ("lead_time", leads.astype(int), {**period, "units": "months"}),
+        "valid_time": (("init_time", "lead_time"), valid, {"standard_name": "time"}),
+    }
+    return axes, {"init_time": since, "valid_time": since}
 
 
 def _write(path: Path, fields: Fields, place: tuple[int, ...], rows: range, state: Tensor) -> None:

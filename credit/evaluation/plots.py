@@ -15,8 +15,9 @@ import xarray as xr
 
 from credit.config import Config
 from credit.data.prepare import open_fields
-from credit.evaluation.forecast import forecast_path, read_forecasts
-from credit.evaluation.score import FIELDS, Scores
+from credit.data.times import when
+from credit.evaluation.forecast import forecast_path, lead_times, read_forecasts, valid_times
+from credit.evaluation.score import FIELDS, Scores, whole_days
 from credit.evaluation.series import series
 
 COLOURS = {"model": "#0b5fa5", "persistence": "#c4572b", "climatology": "#7a7a7a"}
@@ -32,20 +33,20 @@ def plot_map(config: Config, scores: Scores) -> Path:
     """map.png: truth, forecast and both errors of the first channel, about a day into the last forecast."""
     store = open_fields(config)
     channel = store.channels(config.data.predicted, config.data.levels)[0]
-    lead = int(np.argmin(np.abs(np.array(scores.lead_hours) - 24)))
+    lead = scores.day()
     with read_forecasts(forecast_path(config.run)) as forecasts:
         start = forecasts["init_time"].values[-1]
         field = forecasts[channel.variable].isel(init_time=-1, lead_time=lead)
         field = field if channel.level is None else field.sel(level=channel.level)
         predicted = field.values.reshape(-1, *store.grid.shape).mean(axis=0)
-    valid = start + np.timedelta64(scores.lead_hours[lead], "h")
+    valid = valid_times(start, scores.leads)[lead]
     times = store.indices(np.array([start, valid]))
     begin, truth = store.read([channel], times, range(store.grid.shape[0]))[:, 0]
     low, high = np.nanpercentile(truth, [0.5, 99.5])
     error = np.nanpercentile(np.abs(begin - truth), 99)
     panels = [
-        (f"truth, {np.datetime_as_string(valid, 'h')}", truth, "viridis", low, high),
-        (f"forecast, {scores.lead_hours[lead]} h", predicted, "viridis", low, high),
+        (f"truth, {when(valid)}", truth, "viridis", low, high),
+        (f"forecast, {scores.lead_words()[lead]}", predicted, "viridis", low, high),
         ("forecast minus truth", predicted - truth, "RdBu_r", -error, error),
         ("persistence minus truth", begin - truth, "RdBu_r", -error, error),
     ]
@@ -64,11 +65,12 @@ def plot_map(config: Config, scores: Scores) -> Path:
 def plot_forecast(config: Config, path: Path) -> Path:
     """Beside the store: the first channels of a forecast from one start, day by day, with coastlines."""
     with read_forecasts(path) as forecasts:
-        hours = (forecasts["lead_time"].values / np.timedelta64(1, "h")).astype(int)
-        days = [i for i, lead in enumerate(hours) if lead % 24 == 0]
-        leads = (days or [0, len(hours) - 1])[:: max(-(-len(days) // MOST_DAYS), 1)]
+        ahead = lead_times(forecasts)
+        days = whole_days(ahead)
+        leads = (days or [0, len(ahead) - 1])[:: max(-(-len(days) // MOST_DAYS), 1)]
         names = config.data.predicted[:MOST_FIELDS]
         start = forecasts["init_time"].values[0]
+        valid = valid_times(start, ahead)
         figure, axes = plt.subplots(
             len(names),
             len(leads),
@@ -84,17 +86,16 @@ def plot_forecast(config: Config, path: Path) -> Path:
                 place = shown.longitude, shown.latitude
                 image = axis.pcolormesh(*place, values, cmap="viridis", vmin=low, vmax=high, rasterized=True)
                 _draw_coasts(axis, shown.longitude.values, shown.latitude.values)
-                valid = np.datetime_as_string(start + forecasts["lead_time"].values[lead], "h")
-                axis.set_title(f"{words}, {valid}", loc="left", fontsize=9)
+                axis.set_title(f"{words}, {when(valid[lead])}", loc="left", fontsize=9)
             figure.colorbar(image, ax=list(row), shrink=0.85)
-    figure.suptitle(f"{config.model.name}, from {np.datetime_as_string(start, 'h')}", fontsize=11)
+    figure.suptitle(f"{config.model.name}, from {when(start)}", fontsize=11)
     return _save(figure, path.with_suffix(".png"))
 
 
 def plot_series(config: Config, path: Path, latitude: float, longitude: float) -> Path:
     """Beside the store: the first channels of a forecast from one start at one place, by time."""
     at = series(path, latitude, longitude)
-    times = at.init_time.values + at.lead_time.values
+    times = valid_times(at.init_time.values, lead_times(at))
     names = config.data.predicted[:MOST_FIELDS]
     figure, axes = plt.subplots(len(names), 1, figsize=(8, 2.2 * len(names) + 0.6), layout="constrained", squeeze=False)
     for axis, name in zip(axes[:, 0], names, strict=True):
@@ -104,9 +105,7 @@ def plot_series(config: Config, path: Path, latitude: float, longitude: float) -
         axis.set_title(words, loc="left", fontsize=9)
         axis.grid(alpha=0.3)
     place = f"{float(at.latitude):g} north, {float(at.longitude):g} east"
-    figure.suptitle(
-        f"{config.model.name}, from {np.datetime_as_string(at.init_time.values, 'h')}, {place}", fontsize=11
-    )
+    figure.suptitle(f"{config.model.name}, from {when(at.init_time.values)}, {place}", fontsize=11)
     return _save(figure, path.with_name(f"{path.stem}-at-{latitude:g},{longitude:g}.png"))
 
 
@@ -150,20 +149,23 @@ def plot_scores(config: Config, scores: Scores) -> Path:
             for f, (forecast, colour) in enumerate(COLOURS.items()):
                 line = values[f, :, channel]
                 if np.isfinite(line).all():
-                    axis.plot(scores.lead_hours, line, color=colour, label=forecast, marker=".", ms=3)
+                    axis.plot(scores.lead_numbers(), line, color=colour, label=forecast, marker=".", ms=3)
             axis.set_title(title, loc="left", fontsize=10)
             axis.grid(alpha=0.3)
         if scores.members > 1:
             line = scores.spread[:, channel]
-            axes[0, column].plot(scores.lead_hours, line, color=COLOURS["model"], ls="--", lw=1, label="model's spread")
+            axes[0, column].plot(
+                scores.lead_numbers(), line, color=COLOURS["model"], ls="--", lw=1, label="model's spread"
+            )
             axes[3, column].set_ylim(bottom=0)
         axes[0, column].set_ylim(bottom=0)
         axes[1, column].set_ylim(top=1)
         axes[2, column].axhline(0, color="black", lw=0.6)
-        axes[-1, column].set_xlabel("lead time [h]")
+        axes[-1, column].set_xlabel(f"lead time [{scores.lead_unit}]")
     axes[0, 0].legend(frameon=False, fontsize=9)
+    paths = [path for one in config.data.stores for path in one.path]
     figure.suptitle(
-        f"{config.model.name} on {', '.join(config.data.path)}: {scores.starts} forecasts of the test period",
+        f"{config.model.name} on {', '.join(paths)}: {scores.starts} forecasts of the test period",
         fontsize=11,
     )
     return _save(figure, config.run / "scores.png")
@@ -172,8 +174,7 @@ def plot_scores(config: Config, scores: Scores) -> Path:
 def plot_spectra(config: Config, scores: Scores) -> Path:
     """spectra.png: power of the zonal waves of truth and forecast, at the first lead, after a day, and at the last."""
     shown = _channels(scores)
-    day = int(np.argmin(np.abs(np.array(scores.lead_hours) - 24)))
-    leads = sorted({0, day, len(scores.lead_hours) - 1})
+    leads = sorted({0, scores.day(), len(scores.leads) - 1})
     truth, model = FIELDS.index("truth"), FIELDS.index("model")
     size = (3.6 * len(shown) + 0.6, 4.0)
     figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
@@ -186,7 +187,7 @@ def plot_spectra(config: Config, scores: Scores) -> Path:
         axis.loglog(waves, power, color="black", lw=1.5, label="truth")
         axis.set_ylim(bottom=1e-8 * power.max())  # rounding aside
         for shade, lead in zip(np.linspace(0.4, 1, len(leads)), leads, strict=True):
-            label = f"{config.model.name}, {scores.lead_hours[lead]} h"
+            label = f"{config.model.name}, {scores.lead_words()[lead]}"
             line = scores.power[model, lead, channel, 1:]
             axis.loglog(waves, line, color=COLOURS["model"], alpha=shade, lw=1, label=label)
         axis.set_title(f"power of {scores.channels[channel]} [({scores.units[channel]})²]", loc="left", fontsize=10)

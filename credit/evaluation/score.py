@@ -17,8 +17,9 @@ from credit.data.prepare import load_fields_statistics, open_fields
 from credit.data.statistics import mean_where_finite, refuse_other_gaps
 from credit.data.store import Channel, FieldStore
 from credit.errors import DataError
-from credit.evaluation.forecast import forecast_path, read_forecasts
+from credit.evaluation.forecast import forecast_path, lead_times, read_forecasts, valid_times
 from credit.parallel.collectives import all_sum, together
+from credit.steps import in_words, of_months
 from credit.training.log import Progress
 from credit.training.loss import crps
 
@@ -63,7 +64,7 @@ class Scores:
     """Scores over all starts.
 
     Attributes:
-        lead_hours: (lead,).
+        leads: timedelta64, (lead,); of months where the steps are.
         channels: names.
         rmse, bias: in the channel's units, (forecast, lead, channel), for `FORECASTS`; of an ensemble's mean. A bias is
             positive where the forecast is above the truth.
@@ -76,7 +77,7 @@ class Scores:
         starts: number of forecasts.
     """
 
-    lead_hours: list[int]
+    leads: np.ndarray
     channels: list[str]
     units: list[str]
     rmse: np.ndarray
@@ -88,15 +89,33 @@ class Scores:
     members: int
     starts: int
 
+    @property
+    def lead_unit(self) -> str:
+        """hours or months."""
+        return "months" if of_months(self.leads) else "hours"
+
+    def lead_numbers(self) -> list[float]:
+        """So many of the unit, (lead,)."""
+        return (self.leads / np.timedelta64(1, "M" if of_months(self.leads) else "h")).tolist()
+
+    def lead_words(self) -> list[str]:
+        """Of each, such as "24 h"."""
+        return [in_words(lead) for lead in self.leads]
+
     def shown_leads(self) -> list[int]:
-        """Places of every day, and of the first and last lead."""
-        days = [i for i, hours in enumerate(self.lead_hours) if hours % 24 == 0]
-        return sorted({0, *days, len(self.lead_hours) - 1})
+        """Places of every day, or year of months, and of the first and last lead."""
+        return sorted({0, *whole_days(self.leads), len(self.leads) - 1})
+
+    def day(self) -> int:
+        """Place of the lead nearest to a day, or to a month."""
+        return int(np.abs(self.leads - np.timedelta64(*((1, "M") if of_months(self.leads) else (24, "h")))).argmin())
 
     def table(self) -> str:
         """One line a channel and shown lead."""
+        words = self.lead_words()
+        width = max(6, *map(len, words))
         lines = [
-            f"{'channel':<10} {'lead':>6}  {'RMSE model':>10} {'persistence':>11} {'climatology':>11}"
+            f"{'channel':<10} {'lead':>{width}}  {'RMSE model':>10} {'persistence':>11} {'climatology':>11}"
             f"  {'ACC model':>9} {'persistence':>11}  {'bias model':>10}"
             + (f"  {'CRPS model':>10} {'persistence':>11} {'spread':>8}" if self.members > 1 else ""),
         ]
@@ -104,7 +123,7 @@ class Scores:
             for i in self.shown_leads():
                 model, persistence, climatology = self.rmse[:, i, column]
                 lines.append(
-                    f"{name:<10} {self.lead_hours[i]:>4} h  {model:>10.4g} {persistence:>11.4g} {climatology:>11.4g}"
+                    f"{name:<10} {words[i]:>{width}}  {model:>10.4g} {persistence:>11.4g} {climatology:>11.4g}"
                     f"  {self.acc[0, i, column]:>9.3f} {self.acc[1, i, column]:>11.3f}"
                     f"  {self.bias[0, i, column]:>10.2g}"
                     + (
@@ -121,26 +140,35 @@ class Scores:
         """Every lead, as CSV."""
         with path.open("w", newline="") as stream:
             writer = csv.writer(stream)
-            writer.writerow(["channel", "units", "lead_hours", "forecast", "rmse", "acc", "bias", "crps", "spread"])
+            writer.writerow(
+                ["channel", "units", f"lead_{self.lead_unit}", "forecast", "rmse", "acc", "bias", "crps", "spread"]
+            )
             for column, name in enumerate(self.channels):
-                for i, hours in enumerate(self.lead_hours):
+                for i, lead in enumerate(self.lead_numbers()):
                     for f, forecast in enumerate(FORECASTS):
                         values = [score[f, i, column] for score in (self.rmse, self.acc, self.bias, self.crps)]
                         values.append(self.spread[i, column] if forecast == "model" else 0.0)
                         writer.writerow(
-                            [name, self.units[column], hours, forecast, *(f"{value:.7g}" for value in values)]
+                            [name, self.units[column], f"{lead:.10g}", forecast, *(f"{value:.7g}" for value in values)]
                         )
 
     def save_spectra(self, path: Path) -> None:
         """The shown leads, as CSV."""
         with path.open("w", newline="") as stream:
             writer = csv.writer(stream)
-            writer.writerow(["channel", "units", "lead_hours", "wavenumber", *FIELDS])
+            writer.writerow(["channel", "units", f"lead_{self.lead_unit}", "wavenumber", *FIELDS])
+            leads = self.lead_numbers()
             for column, name in enumerate(self.channels):
                 for i in self.shown_leads():
                     for wave, powers in enumerate(self.power[:, i, column].T):
                         of_fields = [f"{power:.7g}" for power in powers]
-                        writer.writerow([name, self.units[column], self.lead_hours[i], wave, *of_fields])
+                        writer.writerow([name, self.units[column], f"{leads[i]:.10g}", wave, *of_fields])
+
+
+def whole_days(leads: np.ndarray) -> list[int]:
+    """Places of every day, or of months of every year."""
+    round_number = np.timedelta64(*((12, "M") if of_months(leads) else (24, "h")))
+    return np.flatnonzero(leads % round_number == leads - leads).tolist()
 
 
 def score(config: Config, rank: int = 0, ranks: int = 1) -> Scores:
@@ -165,7 +193,7 @@ def score(config: Config, rank: int = 0, ranks: int = 1) -> Scores:
         names = [channel.name for channel in channels]
         climatology = load_fields_statistics(config, store).climatology_of(names, store.grid)
         with read_forecasts(path) as forecasts:
-            leads, members = forecasts["lead_time"].values, forecasts.sizes.get("number", 1)
+            leads, members = lead_times(forecasts), forecasts.sizes.get("number", 1)
             sums = Sums.zero(len(leads), len(channels), store.grid.shape[1])
             mine = range(rank, forecasts.sizes["init_time"], ranks)
             progress = Progress(len(mine), "score", active=rank == 0)
@@ -178,7 +206,7 @@ def score(config: Config, rank: int = 0, ranks: int = 1) -> Scores:
         sums.power[:] = np.nan
     sums.correlations[FORECASTS.index("climatology")] = np.nan
     return Scores(
-        lead_hours=(leads / np.timedelta64(1, "h")).astype(int).tolist(),
+        leads=leads,
         channels=[channel.name for channel in channels],
         units=[store.attributes(channel.variable).get("units", "") for channel in channels],
         rmse=np.sqrt(sums.squares / sums.starts),
@@ -246,7 +274,7 @@ def zonal_power(field: np.ndarray) -> np.ndarray:
 def _fields_of(forecasts: xr.Dataset, store: FieldStore, channels: list[Channel], number: int) -> Iterator[Any]:
     """One lead after the other: a start of all leads may not fit into memory."""
     start, rows = forecasts["init_time"].values[number], range(store.grid.shape[0])
-    begin, *times = store.indices(np.concatenate([[start], start + forecasts["lead_time"].values]))
+    begin, *times = store.indices(np.concatenate([[start], valid_times(start, lead_times(forecasts))]))
     before = store.read(channels, [begin], rows)[0].astype(np.float64)
     for lead, time in enumerate(times):
         fields = [forecasts[channel.variable].isel(init_time=number, lead_time=lead) for channel in channels]

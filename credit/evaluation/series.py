@@ -9,7 +9,7 @@ import xarray as xr
 
 from credit.data.grid import Grid
 from credit.errors import ConfigError
-from credit.evaluation.forecast import read_forecasts
+from credit.evaluation.forecast import lead_times, read_forecasts, valid_times
 
 
 def parse_place(text: str) -> tuple[float, float]:
@@ -52,7 +52,9 @@ def write_series(path: Path, latitude: float, longitude: float) -> Path:
             channels |= {f"{name}_{float(level):g}": field.sel(level=level, drop=True) for level in field.level}
         else:
             channels[str(name)] = field
-    table = xr.Dataset(channels).assign_coords(lead_time=at.init_time + at.lead_time).rename(lead_time="valid_time")
+    valid = valid_times(at.init_time.values, lead_times(at)).astype("datetime64[ns]")
+    table = xr.Dataset(channels).drop_vars("valid_time", errors="ignore")
+    table = table.assign_coords(lead_time=valid).rename(lead_time="valid_time")
     out = path.with_name(f"{path.stem}-at-{latitude:g},{longitude:g}.csv")
     table.drop_vars("init_time").to_dataframe().to_csv(out, float_format="%.7g", date_format="%Y-%m-%dT%H:%M")
     return out

@@ -10,7 +10,7 @@ from credit.data.grid import Grid
 from credit.data.statistics import Statistics
 from credit.errors import CheckpointError
 
-OF_TRAINING = ("data.path", "data.gaps", "data.valid", "trainer.amp", "trainer.stages")
+OF_TRAINING = ("data.path", "data.sources", "data.gaps", "data.valid", "trainer.amp", "trainer.stages")
 """What a forecast from the run may have otherwise."""
 
 
@@ -26,8 +26,7 @@ def run_facts(config: Config, statistics: Statistics, grid: Grid) -> dict[str, A
 
 def _marked(block: Block, values: dict[str, Any]) -> dict[str, Any]:
     """Of the values of a block as they stand in a file, those of keys that make a run what it is."""
-    fields = {field.alias or name: field for name, field in type(block).model_fields.items()}
-    return {key: values[key] for key, field in fields.items() if OF_THE_RUN in field.metadata}
+    return {key: values[key] for key, field in type(block).model_fields.items() if OF_THE_RUN in field.metadata}
 
 
 def stages_after(stored: dict[str, Any], done: int, epochs: int) -> list[int]:
@@ -66,7 +65,7 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any], but: tuple[str, 
 def _defaults(block: str) -> dict[str, Any]:
     kinds: dict[str, type[Block]] = {"data": Data, "trainer": Trainer}
     fields = kinds[block].model_fields if block in kinds else {}
-    return {field.alias or name: field.default for name, field in fields.items() if not field.is_required()}
+    return {name: field.default for name, field in fields.items() if not field.is_required()}
 
 
 def refuse_other_run(stored: dict[str, Any], wanted: dict[str, Any], but: tuple[str, ...] = ()) -> None:

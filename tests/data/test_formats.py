@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import boto3
 import eccodes
 import icechunk
+import kerchunk.df
+import kerchunk.hdf
 import numpy as np
 import pytest
 import xarray as xr
@@ -17,6 +20,7 @@ from moto.server import ThreadedMotoServer
 from credit.config import parse_config
 from credit.data.describe import describe
 from credit.data.prepare import write_statistics
+from credit.data.rechunk import rechunk
 from credit.data.store import FieldStore
 from credit.errors import DataError
 from tests.stores import conf, dataset
@@ -95,6 +99,59 @@ def test_grib_fields_of_one_name_are_all_there(tmp_path) -> None:
         np.testing.assert_allclose(read, value, rtol=1e-5, err_msg=name)
 
 
+def of_all_levels(path: Path) -> None:
+    """Of two times: variables on other sets of pressure levels, near the ground, in the ground and at the surface."""
+    kinds = [
+        *(("t", "isobaricInhPa", level, {}) for level in (500, 850)),
+        *(("u", "isobaricInhPa", level, {}) for level in (850, 500, 300)),
+        ("q", "isobaricInhPa", 700, {}),
+        *(("soilw", "depthBelowLandLayer", level, {"centre": "kwbc"}) for level in (0, 1)),
+        *(("t", "heightAboveGround", level, {"centre": "kwbc"}) for level in (80, 100)),
+        ("2t", "heightAboveGround", 2, {}),
+        ("sp", "surface", 0, {}),
+    ]
+    values = np.random.default_rng(0).normal(size=(2, len(kinds), 13, 16))
+    with path.open("wb") as stream:
+        for number, fields in enumerate(values):
+            for field, (name, kind, level, more) in zip(fields, kinds, strict=True):
+                stream.write(message(field, 6 * number, name, kind, level, **more))
+
+
+def test_variables_of_a_grib_file_have_levels_of_their_own(tmp_path) -> None:
+    """As cfgrib reads each alone; and in a copy."""
+    path = tmp_path / "all.grib2"
+    of_all_levels(path)
+    store = FieldStore(path)
+
+    def alone(name: str, kind: str, level: int | None = None) -> np.ndarray:
+        how = {"indexpath": "", "filter_by_keys": {"shortName": name, "typeOfLevel": kind}}
+        (field,) = xr.open_dataset(path, engine="cfgrib", backend_kwargs=how).data_vars.values()
+        return (field if level is None else field.sel({kind: level})).values[[1, 0]]
+
+    wanted = {
+        **{f"{name}_{level}": (name, "isobaricInhPa", level) for name in "tu" for level in (500, 850)},
+        "q": ("q", "isobaricInhPa"),
+        "soilw_depthBelowLandLayer_1": ("soilw", "depthBelowLandLayer", 1),
+        "t_heightAboveGround_80": ("t", "heightAboveGround", 80),
+        "t2m": ("2t", "heightAboveGround"),
+        "sp": ("sp", "surface"),
+    }
+    flat = [name for name in wanted if not name.endswith(("_500", "_850"))]
+    channels = store.channels([*"tu", *flat], [500.0, 850.0])
+    assert [channel.name for channel in channels] == [*wanted]
+    for channel, field in zip(channels, np.moveaxis(store.read(channels, [1, 0], range(13)), 1, 0), strict=True):
+        np.testing.assert_array_equal(field, alone(*wanted[channel.name]), err_msg=channel.name)
+    for variable, level in (("t", 300.0), ("u", 700.0)):
+        with pytest.raises(DataError, match=f"all.grib2: {variable} has no level {level:g}; stored: 850, 500"):
+            store.channels([variable], [level])
+    assert "levels: [500, 850]" in describe([str(path)])
+    rechunk(str(path), tmp_path / "copy.zarr", 13, 2, lambda done, total: None)
+    copy = FieldStore(tmp_path / "copy.zarr")
+    upper = [*channels, *store.channels(["u"], [300.0])]
+    assert copy.channels(["u"], [300.0]) == upper[-1:]
+    np.testing.assert_array_equal(copy.read(upper, [1], ROWS), store.read(upper, [1], ROWS))
+
+
 def test_an_icechunk_repository_is_read(tmp_path) -> None:
     data = dataset(states=5)
     repository = icechunk.Repository.create(icechunk.local_filesystem_storage(str(tmp_path / "repo")))
@@ -103,6 +160,56 @@ def test_an_icechunk_repository_is_read(tmp_path) -> None:
     session.commit("all of it")
     store = FieldStore(tmp_path / "repo")
     np.testing.assert_array_equal(store.read(store.channels(["a"]), [4], ROWS)[0, 0], data.a.values[4, 3:11])
+
+
+def referred(data: xr.Dataset, folder: Path) -> list[Path]:
+    """References to a netCDF 4 file with all that such files have: as JSON and as parquet."""
+    encoding = {
+        "a": {"zlib": True, "shuffle": True, "chunksizes": (2, 7, 16)},
+        "b": {"dtype": "int16", "scale_factor": 0.01, "add_offset": 270.0, "_FillValue": -32767},
+    }
+    data.to_netcdf(folder / "s.nc", encoding=encoding)
+    found = kerchunk.hdf.SingleHdf5ToZarr(str(folder / "s.nc"), inline_threshold=0).translate()
+    (folder / "s.json").write_text(json.dumps(found))
+    kerchunk.df.refs_to_dataframe(found, str(folder / "s.parq"))
+    return [folder / "s.json", folder / "s.parq"]
+
+
+def test_references_of_kerchunk_are_read_as_the_file_that_they_are_to(tmp_path) -> None:
+    data = dataset(states=5, levels=(500.0, 850.0))
+    plain = tmp_path / "s.nc"
+    for path in referred(data, tmp_path):
+        store, wanted = FieldStore(path), FieldStore(plain)
+        np.testing.assert_array_equal(store.times, data.time.values)
+        channels = store.channels(["b", "c", "a"], [850.0, 500.0])
+        with xr.open_dataset(plain) as opened:
+            packed = opened.b.values[[4, 1], 3:11].astype(np.float32)
+        read = store.read(channels, [4, 1], ROWS)
+        np.testing.assert_array_equal(read[:, 0], packed)
+        np.testing.assert_array_equal(read, wanted.read(channels, [4, 1], ROWS))
+        assert store.attributes("a")["units"] == "m s-1"
+        lenient = FieldStore(path, missing={"a": 0.0})
+        plain.rename(tmp_path / "elsewhere.nc")
+        with pytest.raises(DataError, match=r"s.(json|parq): cannot read a: .*s.nc"):
+            lenient.read(lenient.channels(["a"]), [0], ROWS)
+        with pytest.raises(DataError, match=r"s.(json|parq) cannot be opened as a kerchunk reference: .*s.nc"):
+            FieldStore(path)
+        (tmp_path / "elsewhere.nc").rename(plain)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"config.json cannot be opened as a kerchunk reference|has no latitude"):
+        FieldStore(tmp_path / "config.json")
+
+
+def test_a_run_on_references_is_that_on_the_file(tmp_path) -> None:
+    """Workers open them again."""
+    json_path, _ = referred(dataset(), tmp_path)
+    losses = []
+    for path, workers in ((tmp_path / "s.nc", 0), (json_path, 1)):
+        raw = conf(tmp_path / f"run{len(losses)}", path, dtype="float64", epochs=1)
+        raw["data"]["workers"] = workers
+        write_statistics(parse_config(raw))
+        losses.append(curve(raw)[0])
+    assert losses[0] == losses[1]
 
 
 @pytest.fixture

@@ -193,6 +193,17 @@ def test_what_is_read_is_what_xarray_reads(tmp_path, kind) -> None:
     )
 
 
+def test_two_axes_of_levels_are_told_apart(tmp_path) -> None:
+    """As in files of CMIP, where the second has a name that nobody knows, and says what it is."""
+    data = fields().assign_coords(level=("level", [500.0, 850.0], {"standard_name": "air_pressure"}))
+    both = data.assign(d=(data.c.isel(level=[1]) * 3).rename(level="plev_2"))
+    store = FieldStore(as_netcdf(both, tmp_path))
+    read = store.read(store.channels(["d", "c"], [850.0]), [4], ROWS)[0]
+    np.testing.assert_array_equal(read, [3 * data.c.values[4, 1, 3:11], data.c.values[4, 1, 3:11]])
+    with pytest.raises(DataError, match="d has no level 500; stored: 850"):
+        store.channels(["c", "d"], [500.0])
+
+
 def absent(data: xr.Dataset, path: Path, chunk: str, **how: Any) -> Path:
     """A store one chunk of which was never written."""
     path = as_zarr(data, path, encoding={"a": {"chunks": (2, 5, 16)}}, **how)

@@ -7,12 +7,13 @@ import http.server
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
 
-from credit.config import parse_config
+from credit.config import Source, parse_config
 from credit.data.dataset import StepDataset
 from credit.data.piece import same_units
 from credit.data.prepare import write_statistics
@@ -252,4 +253,79 @@ def test_a_forcing_that_is_stored_less_often_holds(tmp_path) -> None:
         write_statistics(parse_config(raw))
     raw["data"]["hold"] = {"a": "1d"}
     with pytest.raises(ConfigError, match="hold: a is not among the forcings that are read"):
+        parse_config(raw)
+
+
+def of_two_centres(data: xr.Dataset, folder: Path) -> list[dict[str, Any]]:
+    """The first times of `a` under one centre's names; the rest and `b` under another's, whose own `a` is another."""
+    first = data[["a", "orography"]].isel(time=slice(0, 25)).rename(a="t2m", orography="z")
+    first.to_netcdf(folder / "one_1.nc")
+    second = data.isel(time=slice(25, None))[["a"]].rename(a="2t")
+    second.to_zarr(folder / "two_1.zarr", consolidated=False)
+    swapped = data[["b"]].assign(other=data.b + 1).rename(b="a", other="b")
+    swapped.to_netcdf(folder / "two_2.nc")
+    return [
+        {"path": str(folder / "one_*.nc"), "names": {"t2m": "a", "z": "orography"}},
+        {"path": str(folder / "two_*.zarr"), "names": {"2t": "a"}},
+        {"path": str(folder / "two_2.nc"), "names": {"a": "b", "b": "a_plus_1"}},
+    ]
+
+
+def test_a_run_on_stores_of_two_centres_is_that_on_one(tmp_path) -> None:
+    data = dataset()
+    losses = []
+    for where in ({"path": str(write_zarr(tmp_path / "s.zarr", data))}, {"sources": of_two_centres(data, tmp_path)}):
+        raw = conf(tmp_path / f"run{len(losses)}", tmp_path / "s.zarr", dtype="float64")
+        del raw["data"]["path"]
+        raw["data"] |= where
+        write_statistics(parse_config(raw))
+        losses.append(curve(raw)[0])
+    assert losses[0] == losses[1]
+    config = parse_config(raw)
+    assert parse_config(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"t2m": "a"}, r"a at 2020-01-01T00:00 is in .*s.nc and in .*t.nc: leave one of them out"),
+        ({"t2": "a"}, r"t.nc has no variable 't2', to be called 'a'; did you mean 't2m'\?"),
+        ({"t2m": "d2m"}, r"t.nc has t2m, to be called d2m, and d2m: name it otherwise"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(tmp_path, names, said) -> None:
+    data = dataset(states=5)[["a", "b"]]
+    data.to_netcdf(tmp_path / "s.nc")
+    data.rename(a="t2m", b="d2m").to_netcdf(tmp_path / "t.nc")
+    with pytest.raises(DataError, match=said):
+        FieldStore([str(tmp_path / "s.nc"), Source(path=[str(tmp_path / "t.nc")], names=names)])
+
+
+def test_missing_values_are_known_by_the_name_that_a_source_gives(tmp_path) -> None:
+    """A chunk that is all fill value, of a variable that has another name in the store."""
+    data = dataset(states=4)
+    write_zarr(tmp_path / "s.zarr", data.rename(a="sst"), rows_per_chunk=13)
+    (tmp_path / "s.zarr" / "sst" / "c" / "1" / "0" / "0").unlink()
+    source = Source(path=[str(tmp_path / "s.zarr")], names={"sst": "a"})
+    store = FieldStore([source], missing={"a": "mask"})
+    read = store.read(store.channels(["a"]), [0, 1], ROWS)[:, 0]
+    np.testing.assert_array_equal(read[0], data.a.values[0, 2:9])
+    assert np.isnan(read[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ({}, "data: say where the fields are, in one of path and sources"),
+        ({"path": "s.zarr", "sources": "t.zarr"}, "data: say where the fields are, in one of path and sources"),
+        ({"sources": [{"path": "s.zarr", "nmaes": {}}]}, "data.sources.0.nmaes: unknown key; did you mean 'names'"),
+        ({"sources": [{"path": "s.zarr", "names": {"t": "a", "u": "a"}}]}, "names: t and u are both called a"),
+        ({"sources": [{"names": {"t": "a"}}]}, "data.sources.0.path: missing"),
+    ],
+)
+def test_sources_that_cannot_be_are_refused(tmp_path, where, said) -> None:
+    raw = conf(tmp_path, tmp_path)
+    del raw["data"]["path"]
+    raw["data"] |= where
+    with pytest.raises(ConfigError, match=said):
         parse_config(raw)

@@ -18,6 +18,8 @@ from credit.domain_parallel.partition import Partition
 from credit.errors import DataError
 from tests.stores import dataset, write_zarr
 
+STEP = np.timedelta64(6, "h")
+
 
 def test_rows_and_levels_are_those_of_the_file(tmp_path) -> None:
     data = dataset(levels=(850.0, 500.0))
@@ -116,13 +118,13 @@ def test_gaps_are_refused_or_skipped(tmp_path) -> None:
     store = FieldStore(write_zarr(tmp_path / "s.zarr", dataset(states=12).drop_isel(time=5)))
     period = (datetime(2020, 1, 1), datetime(2020, 1, 3, 12))
     with pytest.raises(DataError, match="2020-01-02T00:00 is not followed by a time 6 h later"):
-        store.starts(period, 6, 1, "refuse")
-    assert store.starts(period, 6, 1, "skip").tolist() == [0, 1, 2, 3, 5, 6, 7]
-    assert store.starts(period, 6, 3, "skip").tolist() == [0, 1, 5]
+        store.starts(period, STEP, 1, "refuse")
+    assert store.starts(period, STEP, 1, "skip").tolist() == [0, 1, 2, 3, 5, 6, 7]
+    assert store.starts(period, STEP, 3, "skip").tolist() == [0, 1, 5]
     with pytest.raises(
         DataError, match=r"no sample of 1 step\(s\) of 6 h between 2021.* the store runs from 2020-01-01"
     ):
-        store.starts((datetime(2021, 1, 1), datetime(2021, 2, 1)), 6, 1, "refuse")
+        store.starts((datetime(2021, 1, 1), datetime(2021, 2, 1)), STEP, 1, "refuse")
 
 
 @pytest.mark.parametrize("latitudes", [np.linspace(90, -90, 181), np.linspace(-88.75, 88.75, 72)])

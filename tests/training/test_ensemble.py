@@ -150,9 +150,9 @@ def test_forecasts_are_those_of_one_process_and_of_the_definition(worlds, raw, t
         run = TrainingRun(job)
         run.resume()
         start = serial.init_time.values[2]
-        index, hours = np.array(run.fields.store.indices([start])), int(start.astype("datetime64[h]").astype(int))
+        index, minutes = np.array(run.fields.store.indices([start])), int(start.astype("datetime64[m]").astype(int))
         for member in range(MEMBERS):
-            noise = partial(replace(NOISE, seed=0), [(hours, member)])
+            noise = partial(replace(NOISE, seed=0), [(minutes, member)])
             *_, state = roll_out(run.model, run.fields, index, 4, job.device, torch.float64, noise)
             wanted = run.fields.physical(state)[0, 1]
             np.testing.assert_allclose(serial.b[2, member, 3], wanted, rtol=1e-6)
