@@ -15,6 +15,7 @@ from credit.config.foreign import FOREIGN
 from credit.config.loading import _keys_at
 from credit.config.migrate import migrate
 from credit.errors import ConfigError
+from credit.steps import to_text
 from tests.stores import conf
 
 THEIRS = Path(__file__).with_name("foreign.yml")
@@ -39,7 +40,7 @@ def test_what_the_written_file_says(tmp_path, capsys, monkeypatch) -> None:
     assert str(config.run) == "/glade/derecho/scratch/me/run"
     assert config.data.variables == ["U", "V", "T", "Q", "SP", "t2m"]
     assert config.data.path[1:3] == ["/data/surface_*.zarr", "/data/solar_*.zarr"]
-    assert (config.data.forcings, config.data.diagnostics, config.data.step_hours) == (["tsi"], ["Z500"], 6)
+    assert (config.data.forcings, config.data.diagnostics, to_text(config.data.step)) == (["tsi"], ["Z500"], "6h")
     assert config.data.grid == (640, 1280)
     assert [str(time)[:10] for time in (*config.data.train, *config.data.test)] == [
         *("1979-01-01", "2014-01-01"),
@@ -50,7 +51,7 @@ def test_what_the_written_file_says(tmp_path, capsys, monkeypatch) -> None:
     assert config.trainer.parallelism.data == "fsdp2"
     assert config.model.name == "wxformer"
     assert config.model.widths == [128, 256, 512, 1024]
-    assert (config.model.padding, config.forecast.lead_hours) == (80, 240)
+    assert (config.model.padding, to_text(config.forecast.lead)) == (80, "10d")
     assert main(["migrate", str(THEIRS), str(path)]) == 2
     assert "is there already" in capsys.readouterr().err
 
