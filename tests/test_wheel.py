@@ -70,7 +70,10 @@ def test_all_starter_files_come_with_the_wheel(wheel) -> None:
     for folder in ("configs", "hpc", "hpc/sites", "containers"):
         for path in (ROOT / folder).iterdir():
             assert path.is_dir() or f"credit/share/{folder}/{path.name}" in names
-    assert {"credit/py.typed", "credit/evaluation/coasts.npz", "credit/data/sample/era5_1deg.nc"} <= names
+    assert {"credit/py.typed", "credit/evaluation/coasts.npz", "credit/data/sample/era5_1deg.nc"} | {
+        "credit/config/schema.json",
+        "credit/evaluation/report.html",
+    } <= names
     assert {name.rsplit("/")[-1] for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
 
 
@@ -142,7 +145,7 @@ def test_what_there_is_to_start_from_is_listed(capsys) -> None:
     assert "  quickstart           The embedded default: 150 days of demo weather" in said
     assert "  perlmutter           NERSC Perlmutter" in said
     assert main(["init", "wxformer"]) == 2
-    assert "no config 'wxformer' to start from. Did you mean wxformer_demo or" in capsys.readouterr().err
+    assert "no config 'wxformer' to start from; did you mean wxformer_demo or" in capsys.readouterr().err
 
 
 def own_site(**changes: object) -> str:
