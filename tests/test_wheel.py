@@ -82,13 +82,16 @@ def test_from_an_empty_directory_to_scores(installed, tmp_path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"quickstart.yaml", "derecho.pbs", "derecho.yaml"}
     assert (tmp_path / "derecho.pbs").read_text() == (ROOT / "hpc/derecho.pbs").read_text()
     verbs = [["data", "demo", "demo.zarr", "--states", "60"]]
-    verbs += [[*verb, "quickstart.yaml", *CHANGES] for verb in (["data", "stats"], ["train"], ["forecast"], ["score"])]
+    verbs += [
+        [*verb, "quickstart.yaml", *CHANGES]
+        for verb in (["data", "stats"], ["train"], ["forecast"], ["score"], ["report"])
+    ]
     code = f"import credit; from credit.cli import main; print([main(verb) for verb in {verbs}], credit.__file__)"
     said = call(installed / "python", "-c", code, cwd=tmp_path)
-    assert said.splitlines()[-1].startswith(f"[0, 0, 0, 0, 0] {installed.parent}")
+    assert said.splitlines()[-1].startswith(f"[0, 0, 0, 0, 0, 0] {installed.parent}")
     assert "z500         12 h" in said
     made = {path.name for path in (tmp_path / "runs/quickstart").iterdir()}
-    assert made >= {"scores.csv", "forecast.zarr", "map.png"}
+    assert made >= {"scores.csv", "forecast.zarr", "map.png", "report.html"}
 
 
 def test_an_image_is_built_from_the_sources_of_the_wheel(installed, wheel, tmp_path) -> None:
