@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -67,6 +68,11 @@ def test_the_whole_chain_in_one_process(tmp_path, monkeypatch, capsys) -> None:
     assert len(Page.of(page).pictures) == 4
     assert all(one.startswith("data:image/png;base64,") for one in Page.of(page).pictures)
     assert "dp 1 x tp 1 x domain 1" in page
+    with Path("run/scores.csv").open(newline="") as stream:
+        rmse = {tuple(row[k] for k in ("channel", "lead_hours", "forecast")): row for row in csv.DictReader(stream)}
+    model, persistence = (float(rmse["c_500", "24", one]["rmse"]) for one in ("model", "persistence"))
+    assert f">{100 * (1 - model / persistence):+.0f} %<" in page
+    assert f">{model:.4g}<" in page
 
     made = {path.name for path in Path("run").iterdir()}
     assert made >= {"stats.nc", "log.csv", "valid.csv", "checkpoints", "forecast.zarr", "scores.csv", "map.png"}
@@ -90,6 +96,7 @@ def test_a_dry_run_is_a_check(tmp_path, capsys, ranks, message) -> None:
     code = main(["train", str(path), "--dry-run", "--ranks", ranks])
     said = capsys.readouterr()
     assert message in said.out + said.err
+    assert "traceback" not in said.out + said.err
     assert code == int(ranks == "5")
     assert ("13 latitudes, 6 to 7 a rank" in said.out) == (ranks == "4")
     assert not (tmp_path / "run" / "checkpoints").exists()

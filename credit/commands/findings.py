@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from credit.findings import Finding, report
 from credit.terminal import print_table
+
+if TYPE_CHECKING:
+    from credit.findings import Finding
 
 
 def show(findings: Sequence[Finding], as_json: bool) -> int:
     """Print them; the exit code is 1 if any is an error."""
+    from credit.findings import report
+
     text, code = report(findings, as_json)
     if as_json:
         print(text)

@@ -43,8 +43,9 @@ def plot_training(config: Config) -> Path:
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    for axis in axes[:2]:
-        axis.set_yscale("log")
+    for axis, name in zip(axes, ("loss", "gradient_norm"), strict=False):
+        if (steps[name] > 0).all():
+            axis.set_yscale("log")
     return _save(figure, config.run / "training.png")
 
 
