@@ -10,7 +10,7 @@ SCRIPTS := .ci/run $(wildcard hpc/*.sh hpc/*.pbs containers/*.sh)
 # One thread a rank: ranks share the cores.
 export OMP_NUM_THREADS := 1
 
-.PHONY: help quickstart era5 test test-cluster test-all lint sif image clean
+.PHONY: help quickstart era5 test test-cluster test-all lint reference docs sbom sif image clean
 
 help:
 	@echo "make quickstart   set up, train the demo on 4 ranks, forecast, score (minutes on 2 cores)"
@@ -19,6 +19,9 @@ help:
 	@echo "make test-cluster run those of a real Slurm, MPI, Apptainer and OCI images (root, on Debian)"
 	@echo "make test-all     both, every mesh for every model, and compiled code (half an hour more)"
 	@echo "make lint         ruff, mypy, the order of imports, shellcheck"
+	@echo "make docs         build the pages into build/site, all links checked"
+	@echo "make reference    write docs/config.md and the schema of configs from the classes"
+	@echo "make sbom         what is in an image, as CycloneDX JSON in build/"
 	@echo "make sif          build credit.sif with apptainer (containers/build.sh --help: other bases)"
 	@echo "make image        build the image credit:latest with docker, podman or buildah"
 
@@ -52,6 +55,16 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy credit
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/shellcheck $(SCRIPTS)
+
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+reference: $(VENV)/.installed
+	$(BIN)/python -m credit.config.reference
+
+sbom: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt 'cyclonedx-bom>=7'
+	containers/sbom.sh $(BIN)/python
 
 sif:
 	containers/build.sh sif

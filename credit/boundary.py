@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from credit.errors import CreditError, HeardByFewError, Stopped, UnforeseenError
+from credit.terminal import say_error
 
 CAUGHT = (Exception, SystemExit)
 """What does not leave a verb: a module of the user's may call sys.exit, and would end a rank with a code of its own."""
@@ -51,7 +52,7 @@ def bounded(verb: Callable[[], int | None]) -> int:
         if _speaks(error, ours):
             word = "stopped" if isinstance(ours, Stopped) else "error"
             with suppress(OSError, ValueError):  # there is nowhere to say it
-                print(f"credit: {word}: {ours}", file=sys.stderr, flush=True)
+                say_error(word, ours)
         else:
             time.sleep(SILENT_S)
         if _is_of_this_rank(error):

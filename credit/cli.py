@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
-from credit import __version__
 from credit.boundary import bounded
-from credit.commands import VERBS
+from credit.commands import GROUPS
+from credit.commands.parser import Parser
 
+SUMMARY = "Train weather models over a mesh of devices (dp, tp, domain), with the numbers of one device."
 EXAMPLES = """examples:
   credit init quickstart
-  credit train configs/era5_sample.yaml
   torchrun --nproc-per-node 4 -m credit train configs/quickstart.yaml
-  torchrun --nproc-per-node 2 -m credit forecast configs/quickstart.yaml --set trainer.parallelism.data=none
+  torchrun --nproc-per-node 4 -m credit forecast configs/quickstart.yaml
   credit score configs/quickstart.yaml
-  credit forecast my.yaml --start latest --lead 5d
+  credit report configs/quickstart.yaml
   credit check my.yaml --ranks 16
-  credit check parity my.yaml --ranks 4
-  credit submit my.yaml --site derecho --nodes 4 --dry-run
-  credit plan my.yaml --gpus 16 --gpu-memory 40
-  credit migrate theirs.yml my.yaml
-  credit data describe era5.zarr
-  credit data stats my.yaml
+
+`credit VERB --help` has options and more examples.
 """
 
 
@@ -35,19 +32,40 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     if given[:1] == ["check"] and given[1:] and given[1] not in ("parity", "config", "-h", "--help"):
         given = ["check", "config", *given[1:]]
-    arguments = _parser().parse_args(given)
+    arguments = parser().parse_args(given)
     return bounded(lambda: arguments.verb(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="credit",
-        description="Train weather models over a mesh of devices (dp, tp, domain), with the numbers of one device.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"credit {__version__}")
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for verb in VERBS:
-        verb.add(verbs)
-    return parser
+def parser() -> Parser:
+    """Of all verbs."""
+    top = _Top(prog="credit")
+    top.set_defaults(top=top)
+    top.add_argument("--version", action=_Version, nargs=0, help="versions and devices")
+    verbs = top.add_verbs()
+    for modules in GROUPS.values():
+        for module in modules:
+            module.add(verbs)
+    return top
+
+
+class _Top(Parser):
+    """Its help has the verbs in groups."""
+
+    def format_help(self) -> str:
+        lines = ["usage: credit VERB ...", "", SUMMARY]
+        for group, modules in GROUPS.items():
+            names = [module.__name__.rsplit(".")[-1] for module in modules]
+            lines += ["", f"{group}:"]
+            for name in names:
+                lines.append(f"  {name:<11} {self.verbs[name].description}")
+                lines += [f"    {one:<9} {parser.description}" for one, parser in self.verbs[name].verbs.items()]
+        options = ["  -h, --help  this text", "  --version   versions and devices"]
+        return "\n".join([*lines, "", "options:", *options, "", EXAMPLES])
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from credit.launch.doctor import devices, versions
+
+        print(*(one.message for one in (*versions(), *devices())), sep="\n")
+        parser.exit()

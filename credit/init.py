@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+from credit.config.reference import SCHEMA
 from credit.errors import ConfigError, CreditError
 from credit.launch.sites import job_script, load_site, script_name, site_names
 from credit.shipped import CONFIGS, HPC, SHARE
@@ -68,10 +69,11 @@ def init(name: str | None, site: str | None, container: bool, replace: bool) -> 
 def _config(name: str) -> Files:
     if name not in config_names():
         close = difflib.get_close_matches(name, config_names()) or [one for one in config_names() if name in one]
-        meant = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ConfigError(f"there is no config {name!r} to start from.{meant} `credit init` lists what there is")
+        meant = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ConfigError(f"there is no config {name!r} to start from", fix=f"{meant}`credit init` lists what there is")
     text = (CONFIGS / f"{name}.yaml").read_text().replace("configs/", "")  # in the examples of its head
-    return {Path(f"{name}.yaml"): lambda path: path.write_text(text)}
+    head = f"# yaml-language-server: $schema={SCHEMA}\n"
+    return {Path(f"{name}.yaml"): lambda path: path.write_text(head + text)}
 
 
 def _site(name: str) -> Files:

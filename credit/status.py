@@ -64,11 +64,16 @@ def refuse_removed(run: Path) -> None:
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is; stopped: saved, to be resumed."""
+    """How far a run is; stopped: saved, to be resumed.
+
+    Attributes:
+        mesh: (dp, tp, domain) of the job.
+    """
 
     state: Literal["running", "stopped", "finished"]
     step: int
     steps: int
+    mesh: tuple[int, int, int] | None = None
 
 
 def write_status(run: Path, status: Status) -> None:
@@ -77,11 +82,23 @@ def write_status(run: Path, status: Status) -> None:
 
 def read_status(run: Path) -> tuple[str, int]:
     """(a line for people, exit code: 0 finished, 75 stopped by a signal, 1 anything else)."""
-    try:
-        status = read_json(run / FILE, Status, DataError, "the next training writes it anew")
-    except FileNotFoundError:
+    status = _read(run)
+    if status is None:
         return f"{run}: no training has begun", 1
     line = f"{run}: {status.state}, step {status.step} of {status.steps}"
     if status.state == "running":
         line += " when it started; it is running, or was killed"
     return line, {"finished": 0, "stopped": Stopped.exit_code}.get(status.state, 1)
+
+
+def read_mesh(run: Path) -> tuple[int, int, int] | None:
+    """(dp, tp, domain) of the last job that trained; None if none has."""
+    status = _read(run)
+    return None if status is None else status.mesh
+
+
+def _read(run: Path) -> Status | None:
+    try:
+        return read_json(run / FILE, Status, DataError, "the next training writes it anew")
+    except FileNotFoundError:
+        return None

@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 import yaml
 
+from credit import cli
 from credit.bounds import LARGEST, LARGEST_VALUE, MOST_STEPS, file, positive
 from credit.checks.preflight import preflight
-from credit.cli import _parser, main
+from credit.cli import main
 from credit.config import Config, load_config, parse_config
 from credit.data.prepare import write_statistics
 from credit.errors import ConfigError, CreditError, UnforeseenError
@@ -278,7 +279,7 @@ def commands() -> Iterator[tuple[list[str], bool]]:
     """Every option and argument of every verb with every odd value; and whether it is a number that must be refused."""
     needed = {"config": str(QUICKSTART), "path": "made", "source": "s.zarr", "paths": "s.zarr", "site": "derecho"}
     needed |= {"--site": "derecho", "--grid": "7x8"}
-    for verb, parser in verbs(_parser()):
+    for verb, parser in verbs(cli.parser()):
         takes = [action for action in parser._actions if action.nargs != 0]
         for action in takes:
             others = [one for one in takes if one is not action and one.required]

@@ -70,7 +70,10 @@ def test_all_starter_files_come_with_the_wheel(wheel) -> None:
     for folder in ("configs", "hpc", "hpc/sites", "containers"):
         for path in (ROOT / folder).iterdir():
             assert path.is_dir() or f"credit/share/{folder}/{path.name}" in names
-    assert {"credit/py.typed", "credit/evaluation/coasts.npz", "credit/data/sample/era5_1deg.nc"} <= names
+    assert {"credit/py.typed", "credit/evaluation/coasts.npz", "credit/data/sample/era5_1deg.nc"} | {
+        "credit/config/schema.json",
+        "credit/evaluation/report.html",
+    } <= names
     assert {name.rsplit("/")[-1] for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
 
 
@@ -79,13 +82,16 @@ def test_from_an_empty_directory_to_scores(installed, tmp_path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"quickstart.yaml", "derecho.pbs", "derecho.yaml"}
     assert (tmp_path / "derecho.pbs").read_text() == (ROOT / "hpc/derecho.pbs").read_text()
     verbs = [["data", "demo", "demo.zarr", "--states", "60"]]
-    verbs += [[*verb, "quickstart.yaml", *CHANGES] for verb in (["data", "stats"], ["train"], ["forecast"], ["score"])]
+    verbs += [
+        [*verb, "quickstart.yaml", *CHANGES]
+        for verb in (["data", "stats"], ["train"], ["forecast"], ["score"], ["report"])
+    ]
     code = f"import credit; from credit.cli import main; print([main(verb) for verb in {verbs}], credit.__file__)"
     said = call(installed / "python", "-c", code, cwd=tmp_path)
-    assert said.splitlines()[-1].startswith(f"[0, 0, 0, 0, 0] {installed.parent}")
+    assert said.splitlines()[-1].startswith(f"[0, 0, 0, 0, 0, 0] {installed.parent}")
     assert "z500         12 h" in said
     made = {path.name for path in (tmp_path / "runs/quickstart").iterdir()}
-    assert made >= {"scores.csv", "forecast.zarr", "map.png"}
+    assert made >= {"scores.csv", "forecast.zarr", "map.png", "report.html"}
 
 
 def test_an_image_is_built_from_the_sources_of_the_wheel(installed, wheel, tmp_path) -> None:
@@ -142,7 +148,7 @@ def test_what_there_is_to_start_from_is_listed(capsys) -> None:
     assert "  quickstart           The embedded default: 150 days of demo weather" in said
     assert "  perlmutter           NERSC Perlmutter" in said
     assert main(["init", "wxformer"]) == 2
-    assert "no config 'wxformer' to start from. Did you mean wxformer_demo or" in capsys.readouterr().err
+    assert "no config 'wxformer' to start from; did you mean wxformer_demo or" in capsys.readouterr().err
 
 
 def own_site(**changes: object) -> str:

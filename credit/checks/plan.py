@@ -66,6 +66,30 @@ def plan(config: Config, gpus: int, gpu_memory: float, gpus_per_node: int) -> st
     return "\n".join([*_table(layouts, gpu_memory), "", _recommendation(layouts, gpu_memory), *notes])
 
 
+def traffic(config: Config, mesh: tuple[int, int, int]) -> list[tuple[str, str]]:
+    """(name, value) of what a rank of one mesh (dp, tp, domain) sends in a step, and needs.
+
+    Raises:
+        ConfigError: if the config does not fit the mesh.
+    """
+    cost = planner_of(config, model_shape(config)).cost(MeshShape(*mesh))
+    return [
+        ("mesh", _named(MeshShape(*mesh))),
+        *(
+            (f"sent {words}, MB", f"{sent / MB:.3f}")
+            for words, sent in (
+                ("to domain neighbours and back", cost.domain),
+                ("for tensor parallelism", cost.tensor),
+                ("for gradients and parameters", cost.data),
+            )
+        ),
+        ("messages; collective calls", f"{cost.messages}; {cost.collectives}"),
+        ("parameters and optimiser, MB", f"{(cost.parameters + cost.optimizer) / MB:.3f}"),
+        ("memory at the worst moment, MB", f"{cost.memory / MB:.1f}"),
+        ("GFLOP", f"{cost.flops / 1e9:.2f}"),
+    ]
+
+
 def plan_slices(config: Config, memory: float | None) -> str:
     """The table of numbers of slices on one device, and which to take where it has `memory` GB.
 

@@ -127,7 +127,7 @@ def _mesh(config: Config, ranks: int | None, shaped: Callable[[], Shape]) -> Ite
     try:
         shape = joined_mesh_shape(trainer.parallelism.model_dump(), number)
     except ValueError as error:
-        yield Finding.of(error, where)
+        yield Finding("error", where, str(error))
         return
     yield Finding("ok", where, f"{number} ranks: dp {shape.dp} x tp {shape.tp} x domain {shape.domain}")
     if trainer.batch_size % (shape.dp * trainer.accumulate):

@@ -2,6 +2,7 @@
 
 from credit.commands import (
     check,
+    completion,
     data,
     doctor,
     export,
@@ -10,6 +11,7 @@ from credit.commands import (
     layout,
     migrate,
     plan,
+    report,
     score,
     site,
     status,
@@ -17,5 +19,10 @@ from credit.commands import (
     train,
 )
 
-VERBS = (train, forecast, score, check, plan, export, status, layout, submit, init, migrate, site, doctor, data)
-"""In the order of `credit --help`."""
+GROUPS = {
+    "run": (train, forecast, score, report, status, export),
+    "check": (check, plan, layout, doctor),
+    "data": (data,),
+    "site": (init, migrate, submit, site, completion),
+}
+"""In the order of `credit --help`; a module's last name is the verb's."""

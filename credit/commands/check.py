@@ -6,6 +6,8 @@ import argparse
 from typing import Any
 
 from credit.bounds import whole
+from credit.commands.findings import show
+from credit.commands.parser import add_parser
 from credit.commands.verb import add_verb, load
 from credit.errors import ConfigError
 
@@ -19,21 +21,17 @@ PARITY_EXAMPLES = """examples:
   credit check parity configs/quickstart.yaml --ranks 3
   torchrun --nproc-per-node 2 -m credit check parity configs/quickstart.yaml
 
+Ranks are threads of this process unless a launcher has started some.
 Exit code 0 if the sharded model is exact, 1 if it is not, 2 if it is refused or cannot be built.
 """
 
 
 def add(verbs: Any) -> None:
-    check = verbs.add_parser(
-        "check",
-        help="check a config without starting ranks; `check parity`: the sharded model against the plain one",
-        description="credit check CONFIG: what can be checked without ranks. credit check parity CONFIG: with ranks, "
-        "which are threads of this process unless a launcher has started some.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    summary = "check a config without starting ranks; `check parity`: the sharded model against the plain one"
+    checks = add_parser(verbs, "check", summary, EXAMPLES).add_verbs()
+    config = add_verb(
+        checks, "config", run, "look at config, data, mesh, model and run directory; the word may be left out", EXAMPLES
     )
-    checks = check.add_subparsers(title="verbs", required=True, metavar="VERB")
-    config = add_verb(checks, "config", run, "config, data, mesh, model and run directory; the word may be left out")
     config.add_argument("--ranks", type=whole(), default=None, help="ranks in all (default: tensor x domain)")
     config.add_argument("--json", action="store_true", help="findings as JSON: severity, where, message, fix")
     parity = add_verb(
@@ -54,11 +52,8 @@ def add(verbs: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from credit.checks.preflight import preflight
-    from credit.findings import report
 
-    text, code = report(preflight(arguments.config, arguments.set, arguments.ranks), arguments.json)
-    print(text)
-    return code
+    return show(preflight(arguments.config, arguments.set, arguments.ranks), arguments.json)
 
 
 def parity_of(arguments: argparse.Namespace) -> int:

@@ -6,34 +6,51 @@ import argparse
 from typing import Any
 
 from credit.bounds import file, whole
+from credit.commands.parser import add_parser
 from credit.commands.verb import add_verb, load
 from credit.errors import ConfigError
 
+EXAMPLES = """examples:
+  credit data describe era5.zarr
+  credit data describe 'analysis_*.grib' s3://bucket/era5.zarr
+  credit data stats my.yaml
+  credit data rechunk era5.zarr era5_rows.zarr --rows 32
+  credit data regrid era5.zarr era5_coarse.zarr --grid 121x240
+  credit data demo demo.zarr --states 60
+"""
+
+
+def examples(verb: str) -> str:
+    """Those of one verb."""
+    head, *lines = EXAMPLES.splitlines(keepends=True)
+    return "".join([head, *(line for line in lines if line.startswith(f"  credit data {verb}"))])
+
 
 def add(verbs: Any) -> None:
-    data = verbs.add_parser("data", help="make data, and statistics of data")
-    kinds = data.add_subparsers(title="verbs", required=True, metavar="VERB")
-    add_verb(kinds, "stats", stats_data, "write the normalisation statistics of the training period")
-    describe = kinds.add_parser("describe", help="what is in stores, and the `data` block of a config that fits")
+    kinds = add_parser(verbs, "data", "describe, copy and make stores, and statistics of them", EXAMPLES).add_verbs()
+    summary = "write the normalisation statistics of the training period"
+    add_verb(kinds, "stats", stats_data, summary, examples("stats"))
+    summary = "say what is in stores, and write the `data` block of a config that fits"
+    describe = add_parser(kinds, "describe", summary, examples("describe"))
     describe.add_argument("paths", nargs="+", metavar="PATH", help="zarr stores, netCDF files, patterns, addresses")
     describe.set_defaults(verb=describe_data)
-    copy = kinds.add_parser(
-        "rechunk", help="copy a store into chunks of latitudes, of which domain ranks read their own"
-    )
+    summary = "copy a store into chunks of latitudes, of which domain ranks read their own"
+    copy = add_parser(kinds, "rechunk", summary, examples("rechunk"))
     copy.add_argument("source", metavar="STORE", help="a zarr store or netCDF file")
     copy.add_argument("path", type=file, metavar="COPY", help="the zarr store to write")
     copy.add_argument("--rows", type=whole(), default=None, help="latitudes of a chunk (default: a sixteenth)")
     copy.add_argument("--times", type=whole(), default=1, help="times of a chunk (default: 1)")
     copy.set_defaults(verb=rechunk_data)
-    coarser = kinds.add_parser("regrid", help="copy a store, or forecasts, onto a coarser grid, by area")
+    summary = "copy a store, or forecasts, onto a coarser grid, by area"
+    coarser = add_parser(kinds, "regrid", summary, examples("regrid"))
     coarser.add_argument("source", metavar="STORE", help="a zarr store or netCDF file of the globe")
     coarser.add_argument("path", type=file, metavar="COPY", help="the zarr store to write")
     coarser.add_argument("--grid", required=True, metavar="LATxLON", help="such as 121x240; odd: with the poles")
     coarser.set_defaults(verb=regrid_data)
-    demo = kinds.add_parser("demo", help="write the demo weather, a CF zarr store")
-    demo.add_argument("path", type=file)
+    demo = add_parser(kinds, "demo", "write the demo weather, a CF zarr store", examples("demo"))
+    demo.add_argument("path", type=file, metavar="STORE", help="the zarr store to write")
     demo.add_argument("--states", type=whole(), default=600, help="6-hourly states (default: 600)")
-    demo.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
+    demo.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="of the weather (default: 0)")
     demo.set_defaults(verb=demo_data)
 
 

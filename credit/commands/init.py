@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from credit.commands.parser import add_parser
+
 EXAMPLES = """examples:
   credit init                               list what there is
   credit init quickstart                    quickstart.yaml
@@ -15,12 +17,8 @@ EXAMPLES = """examples:
 
 
 def add(verbs: Any) -> None:
-    parser = verbs.add_parser(
-        "init",
-        help="write files to start from into the working directory; alone: list them",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    summary = "write files to start from into the working directory; alone: list them"
+    parser = add_parser(verbs, "init", summary, EXAMPLES)
     parser.add_argument("name", nargs="?", help="of a config, such as quickstart")
     parser.add_argument("--site", default=None, help="also the job script of a site, or of a site file of your own")
     parser.add_argument("--container", action="store_true", help="also the sources of an image of this credit")

@@ -17,7 +17,7 @@ EXAMPLES = """examples:
 
 def add(verbs: Any) -> None:
     parser = add_verb(
-        verbs, "layout", run, "where every rank stands on the mesh: of this job, or of a planned one", EXAMPLES
+        verbs, "layout", run, "show where every rank stands on the mesh: of this job, or of a planned one", EXAMPLES
     )
     parser.add_argument("--nodes", type=whole(), default=None, help="plan for this many nodes, without starting ranks")
     parser.add_argument(

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from credit.bounds import file, whole
+from credit.commands.findings import show
+from credit.commands.parser import FILE, add_parser
 
 EXAMPLES = """examples:
   credit migrate theirs.yml                            what becomes of each key
@@ -17,13 +19,10 @@ Exit code 1 if something remains to be written: lines that begin with error.
 
 
 def add(verbs: Any) -> None:
-    parser = verbs.add_parser(
-        "migrate",
-        help="turn a config of NCAR's CREDIT into one of ours, and say what has no counterpart",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("theirs", type=file, metavar="THEIRS", help="their YAML file")
+    summary = "turn a config of NCAR's CREDIT into one of ours, and say what has no counterpart"
+    parser = add_parser(verbs, "migrate", summary, EXAMPLES)
+    theirs = parser.add_argument("theirs", type=file, metavar="THEIRS", help="their YAML file")
+    theirs.complete = FILE  # type: ignore[attr-defined]
     parser.add_argument("path", type=file, nargs="?", metavar="OURS", help="the file to write; it must not be there")
     parser.add_argument("--ranks", type=whole(), default=None, help="GPUs that theirs ran on, if it does not say")
     parser.add_argument("--json", action="store_true", help="findings as JSON: severity, where, message, fix")
@@ -36,7 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
     from credit.config.migrate import migrate
     from credit.errors import ConfigError
     from credit.files import write_atomically
-    from credit.findings import report
     from credit.reading import read_yaml
 
     theirs = read_yaml(arguments.theirs)
@@ -49,6 +47,4 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError("is there already, and nothing was written", str(path))
         head = f"# From {arguments.theirs.name}, by credit migrate.\n\n"
         write_atomically(path, head + yaml.safe_dump(ours, sort_keys=False))
-    text, code = report(findings, arguments.json)
-    print(text)
-    return code
+    return show(findings, arguments.json)

@@ -6,12 +6,17 @@ import argparse
 from typing import Any
 
 from credit.commands.verb import add_verb, load
+from credit.terminal import print_table
+
+EXAMPLES = """examples:
+  credit score configs/quickstart.yaml
+  torchrun --nproc-per-node 4 -m credit score my.yaml
+"""
 
 
 def add(verbs: Any) -> None:
-    add_verb(
-        verbs, "score", run, "RMSE, ACC, bias, CRPS and spectra of forecast.zarr: a table, CSV files, and pictures"
-    )
+    summary = "compare forecasts with the truth: RMSE, ACC, bias, CRPS and spectra, as a table, CSV files and pictures"
+    add_verb(verbs, "score", run, summary, EXAMPLES)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -34,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def show(config: Any, scores: Any) -> None:
-    print(scores.table())
+    print_table(scores.table(), *scores.cells())
     made = [config.run / "scores.csv"]
     scores.save(made[0])
     has_waves = not config.data.is_region

@@ -7,11 +7,15 @@ from typing import Any
 
 from credit.commands.verb import add_verb, load
 
+EXAMPLES = """examples:
+  credit status my.yaml
+  credit status my.yaml --set run=runs/five
+"""
+
 
 def add(verbs: Any) -> None:
-    add_verb(
-        verbs, "status", run, "how far the run is; exit code 0 if finished, 75 if stopped by a signal, 1 otherwise"
-    )
+    summary = "say how far the run is; exit code 0 if finished, 75 if stopped by a signal, 1 otherwise"
+    add_verb(verbs, "status", run, summary, EXAMPLES)
 
 
 def run(arguments: argparse.Namespace) -> int:

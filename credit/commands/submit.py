@@ -18,13 +18,13 @@ EXAMPLES = """examples:
 def add(verbs: Any) -> None:
     parser = add_verb(verbs, "submit", run, "submit a training job from a login node", EXAMPLES)
     parser.add_argument("--site", required=True, help="a name in hpc/sites, a file, my.yaml, or local: this machine")
-    parser.add_argument("--nodes", type=whole(), default=1)
+    parser.add_argument("--nodes", type=whole(), default=1, help="of the job (default: 1)")
     parser.add_argument(
         "--ranks-per-node", type=whole(1, MOST_PROCESSES), default=None, help="default: one a GPU of the site"
     )
     parser.add_argument("--container", type=file, default=None, help="image in which the ranks run")
     parser.add_argument("--time", default=None, metavar="H:MM:SS", help="default: the site's longest")
-    parser.add_argument("--account", default=None)
+    parser.add_argument("--account", default=None, help="project that the job is charged to")
     parser.add_argument("--dry-run", action="store_true", help="print the exact script, and submit nothing")
 
 

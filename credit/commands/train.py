@@ -9,9 +9,16 @@ from credit.bounds import whole
 from credit.commands import check
 from credit.commands.verb import add_slices, add_verb, load, refuse_contradictions
 
+EXAMPLES = """examples:
+  credit train configs/era5_sample.yaml
+  torchrun --nproc-per-node 4 -m credit train configs/quickstart.yaml
+  torchrun --nproc-per-node 4 -m credit train my.yaml --set trainer.epochs=5 --set run=runs/five
+  credit train my.yaml --dry-run --ranks 16
+"""
+
 
 def add(verbs: Any) -> None:
-    parser = add_verb(verbs, "train", run, "train the model; run the same command again to resume")
+    parser = add_verb(verbs, "train", run, "train the model; run the same command again to resume", EXAMPLES)
     parser.add_argument("--dry-run", action="store_true", help="credit check instead: start nothing")
     add_slices(parser)
     parser.add_argument("--ranks", type=whole(), default=None, help="with --dry-run: of so many ranks")

@@ -7,24 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 from credit.boundary import leave_tracebacks_in
+from credit.commands.parser import FILE, Parser, add_parser
 
 
 def add_verb(
-    verbs: Any, name: str, run: Callable[[argparse.Namespace], int | None], summary: str, examples: str = ""
-) -> argparse.ArgumentParser:
+    verbs: Any, name: str, run: Callable[[argparse.Namespace], int | None], summary: str, examples: str
+) -> Parser:
     """A verb that takes a config.
 
     Args:
         run: of the arguments; gives the exit code.
     """
-    parser = verbs.add_parser(
-        name,
-        help=summary,
-        description=summary,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter if examples else argparse.HelpFormatter,
-    )
-    parser.add_argument("config", help="a YAML config, see configs/")
+    parser = add_parser(verbs, name, summary, examples)
+    config = parser.add_argument("config", help="a YAML config, see configs/")
+    config.complete = FILE  # type: ignore[attr-defined]
     parser.add_argument(
         "--set",
         action="append",

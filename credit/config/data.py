@@ -61,9 +61,11 @@ class Data(Block):
     """Rows and columns along the edges of a region where the state is given after each step, from the stores, and left
     out of loss and scores."""
     train: Annotated[Period, OF_THE_RUN]
+    """The period [from, to) of training and of the statistics."""
     valid: Annotated[Period, OF_THE_RUN]
+    """The period of validation, at the end of each epoch."""
     test: Period
-    """Periods [from, to): a sample belongs to the period that holds all its times."""
+    """The period of forecasts and scores. A sample belongs to the period that holds all its times."""
     gaps: Annotated[Literal["refuse", "skip"], OF_THE_RUN] = "refuse"
     """Times whose successor one step later is missing: refuse the store, or skip those times."""
     hold: Annotated[dict[str, Step], OF_THE_RUN] = {}

@@ -16,10 +16,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     PlainSerializer,
     PlainValidator,
+    WithJsonSchema,
     model_validator,
 )
+from pydantic_core import CoreSchema
 
 from credit.bounds import (
     FIRST_YEAR,
@@ -38,6 +41,9 @@ from credit.steps import parse_step, to_text
 class OfTheRun:
     """Marks a key that makes a run what it is: with another value none may resume or forecast from its checkpoints."""
 
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(core), "x-of-the-run": True}
+
 
 OF_THE_RUN = OfTheRun()
 
@@ -45,7 +51,7 @@ OF_THE_RUN = OfTheRun()
 class Block(BaseModel):
     """A part of a config: unknown keys are refused, and nothing changes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 Count = Annotated[int, Field(strict=True, ge=1, le=MOST)]
@@ -90,11 +96,26 @@ File = Annotated[Path, BeforeValidator(_is_text)]
 """A name of a file may hold anything else, line breaks too."""
 
 
+class Alone:
+    """Marks a list of which one entry alone may stand in a file: for the schema."""
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        several = handler(core)
+        return {"anyOf": [several["items"], several]}
+
+
+class OrText:
+    """Marks a block in whose place a text may stand in a file: for the schema."""
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string", "title": "path"}, handler(core)]}
+
+
 def _as_list(given: Any) -> Any:
     return [given] if isinstance(given, str | dict) else given
 
 
-Paths = Annotated[list[Text], BeforeValidator(_as_list)]
+Paths = Annotated[list[Text], BeforeValidator(_as_list), Alone()]
 """Several, or one alone."""
 
 
@@ -120,7 +141,7 @@ def _as_source(given: Any) -> Any:
     return {"path": given} if isinstance(given, str) else given
 
 
-Sources = Annotated[list[Annotated[Source, BeforeValidator(_as_source)]], BeforeValidator(_as_list)]
+Sources = Annotated[list[Annotated[Source, BeforeValidator(_as_source), OrText()]], BeforeValidator(_as_list), Alone()]
 """Several, or one alone, of which a path will do."""
 
 
@@ -143,11 +164,20 @@ def parse_moment(given: Any) -> datetime:
     return moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
 
 
-Moment = Annotated[datetime, BeforeValidator(parse_moment)]
+Moment = Annotated[
+    datetime,
+    BeforeValidator(parse_moment),
+    WithJsonSchema({"type": "string", "pattern": r"^\d{4}-\d\d", "title": "time, like 2020-01-31T06"}),
+]
 Period = tuple[Moment, Moment]
 
 
-Step = Annotated[np.timedelta64, PlainValidator(parse_step), PlainSerializer(to_text, return_type=str)]
+Step = Annotated[
+    np.timedelta64,
+    PlainValidator(parse_step),
+    PlainSerializer(to_text, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": "^ *[0-9]+(min|h|d|mo|y) *$", "title": 'step, like "6h" or "1mo"'}),
+]
 """A step of time, see `credit.steps`; written back as a text."""
 
 

@@ -63,6 +63,7 @@ class DiffusionUNet(UNet):
     name: Literal["unet_diffusion"]  # type: ignore[assignment]
     path = "credit.models.unet_diffusion.DiffusionUNet"
     width: EvenChannels = 32
+    """Channels on the full grid; doubled at every level."""
     heads: Annotated[int, Field(strict=True, ge=0, le=MOST_CHANNELS)] = 4
     """Heads of attention between all points of the coarsest grid; 0 for none."""
 
@@ -178,9 +179,10 @@ class Custom(BaseModel):
     longitude) to (batch, out_channels, latitude, longitude).
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
-    name: Text
+    name: Annotated[Text, Field(json_schema_extra={"pattern": r"\."})]
+    """The dotted path."""
 
 
 def _kind(block: Any) -> str | None:

@@ -12,16 +12,22 @@ class Parallelism(Block):
     """Ranks of the mesh (dp, tp, domain); dp is what the world leaves over."""
 
     data: Literal["fsdp2", "ddp", "none"] = "none"
+    """Over the ranks that are left: none: one replica; ddp: replicas; fsdp2: replicas that share out parameters."""
     tensor: Count = 1
+    """Ranks that share wide layers by channel."""
     domain: Count = 1
+    """Ranks that share a field by latitude."""
 
 
 class Sharding(Block):
     """Of a trainer: what decides where parameters, samples and rows lie, and what is computed twice."""
 
     parallelism: Parallelism = Parallelism()
+    """How ranks make up the mesh."""
     amp: Annotated[Literal["none", "bf16"], OF_THE_RUN] = "none"
+    """bf16: compute in bfloat16; parameters and the optimiser's states stay in `dtype`."""
     dtype: Annotated[Literal["float32", "float64"], OF_THE_RUN] = "float32"
+    """Of parameters, fields and gradients."""
     accumulate: Count = 1
     """Parts of a batch that are computed one after another, to save memory: the same numbers."""
     activation_checkpointing: Flag = False

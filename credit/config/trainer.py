@@ -12,6 +12,7 @@ from credit.config.fields import (
     Count,
     Flag,
     NotNegative,
+    OrText,
     Positive,
     Processes,
     Seed,
@@ -66,6 +67,7 @@ class InitFrom(Block):
     """Weights to start from, some of those in a file."""
 
     path: Text
+    """Of the file."""
     only: list[Text] = ["*"]
     """Patterns of the parameters' and buffers' names to take, such as "encoder.*"."""
     skip: list[Text] = []
@@ -76,20 +78,26 @@ class Trainer(Sharding):
     """How to train."""
 
     epochs: Count
+    """Times that all samples of the training period are seen."""
     batch_size: Annotated[Count, OF_THE_RUN]
     """Samples of one optimiser step, over all ranks: the loss curve does not depend on the mesh."""
     learning_rate: Annotated[Positive, OF_THE_RUN] = 1e-3
+    """Of AdamW, after the warm-up."""
     schedule: Annotated[str, or_dotted(SCHEDULES), OF_THE_RUN] = "cosine"
     """Of the learning rate after the warm-up: cosine or linear, to zero; constant; or the dotted path of a function
     from the part of the steps that is done, 0 to 1, to a factor."""
     warmup_steps: Annotated[StepsOrNone, OF_THE_RUN] = 0
+    """Steps in which the learning rate grows to its value, evenly."""
     weight_decay: Annotated[NotNegative, OF_THE_RUN] = 0.01
+    """Of AdamW, decoupled."""
     clip: Annotated[Positive | None, OF_THE_RUN] = 1.0
     """Largest norm of the gradient of one step."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose gradient is not finite: stop before the weights are touched, or go on without it."""
     seed: Annotated[Seed, OF_THE_RUN] = 0
+    """Of initial weights, the order of samples, dropout and noise."""
     loss: Annotated[Loss, OF_THE_RUN] = Loss()
+    """What is minimised."""
     rollout: Annotated[Count, OF_THE_RUN] = 1
     """Steps that are forecast from each sample, each from what the one before made; the loss is their mean."""
     rollout_detach: Annotated[Flag, OF_THE_RUN] = False
@@ -97,7 +105,7 @@ class Trainer(Sharding):
     ema: Annotated[Annotated[Positive, Field(lt=1)] | None, OF_THE_RUN] = None
     """Decay of an exponential moving average of the weights, which validation and forecasts then use. It begins at
     2/11 and grows to this with the steps, so that the initial weights are soon forgotten."""
-    init_from: Annotated[InitFrom | None, OF_THE_RUN] = None
+    init_from: Annotated[InitFrom | None, OrText(), OF_THE_RUN] = None
     """Weights to start from: a file that `credit export` wrote, or any state dict of the plain model; or a block of
     path, only and skip."""
     freeze: Annotated[list[Text], OF_THE_RUN] = []

@@ -30,9 +30,10 @@ class Constraint(BaseModel):
     `credit.models.constraints` has them.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     name: Annotated[str, or_dotted(CONSTRAINTS)]
+    """nonnegative, conserve, or a dotted path."""
 
 
 class Config(Block):
@@ -41,10 +42,15 @@ class Config(Block):
     run: File
     """The run directory (relative to the working directory): everything is written there and nowhere else."""
     data: Data
+    """Which fields, from where."""
     model: Model
+    """One of the package's own, by name, or a class by its dotted path."""
     constraints: list[Constraint] = []
+    """What a forecast must satisfy after each step."""
     trainer: Trainer
+    """How to train, and on which mesh."""
     forecast: Forecast
+    """What `credit forecast` makes."""
 
     @model_validator(mode="after")
     def _fits(self) -> Config:

@@ -19,6 +19,7 @@ from credit.data.times import when
 from credit.evaluation.forecast import forecast_path, lead_times, read_forecasts, valid_times
 from credit.evaluation.score import FIELDS, Scores, whole_days
 from credit.evaluation.series import series
+from credit.training.log import read_log
 
 COLOURS = {"model": "#0b5fa5", "persistence": "#c4572b", "climatology": "#7a7a7a"}
 COASTS = Path(__file__).parent / "coasts.npz"
@@ -27,6 +28,25 @@ MOST_FIELDS, MOST_DAYS = 3, 4
 """Of one forecast that are drawn."""
 MOST_CHANNELS = 12
 """In one picture, evenly out of more."""
+
+
+def plot_training(config: Config) -> Path:
+    """training.png: loss of every step and of validation, norm of the gradient, and learning rate."""
+    steps, valid = read_log(config.run)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained", width_ratios=(2, 1, 1))
+    axes[0].plot(steps["step"], steps["loss"], color=COLOURS["model"], lw=1, label="training")
+    axes[0].plot(valid["step"], valid["loss"], color=COLOURS["persistence"], marker="o", label="validation")
+    axes[0].legend(frameon=False, fontsize=9)
+    axes[1].plot(steps["step"], steps["gradient_norm"], color=COLOURS["model"], lw=1)
+    axes[2].plot(steps["step"], steps["learning_rate"], color=COLOURS["model"], lw=1)
+    for axis, title in zip(axes, ("loss", "norm of the gradient", "learning rate"), strict=True):
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    for axis, name in zip(axes, ("loss", "gradient_norm"), strict=False):
+        if (steps[name] > 0).all():
+            axis.set_yscale("log")
+    return _save(figure, config.run / "training.png")
 
 
 def plot_map(config: Config, scores: Scores) -> Path:
@@ -55,6 +75,7 @@ def plot_map(config: Config, scores: Scores) -> Path:
         image = axis.pcolormesh(
             store.grid.longitude, store.grid.latitude, values, cmap=colours, vmin=lowest, vmax=highest, rasterized=True
         )
+        _draw_coasts(axis, store.grid.longitude, store.grid.latitude)
         axis.set_title(title, loc="left", fontsize=10)
         figure.colorbar(image, ax=axis, shrink=0.85)
     units = store.attributes(channel.variable).get("units", "")

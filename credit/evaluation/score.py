@@ -108,32 +108,31 @@ class Scores:
 
     def day(self) -> int:
         """Place of the lead nearest to a day, or to a month."""
-        return int(np.abs(self.leads - np.timedelta64(*((1, "M") if of_months(self.leads) else (24, "h")))).argmin())
+        return nearest_to_a_day(self.leads)
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """(heads of columns, one row a channel and shown lead)."""
+        heads = ["channel", "lead", "RMSE model", "persistence", "climatology", "ACC model", "persistence"]
+        heads += ["bias model", *(["CRPS model", "persistence", "spread"] if self.members > 1 else []), "unit"]
+        rows, words = [], self.lead_words()
+        for column, (name, unit) in enumerate(zip(self.channels, self.units, strict=True)):
+            for i in self.shown_leads():
+                numbers = [f"{value:.4g}" for value in self.rmse[:, i, column]]
+                numbers += [f"{value:.3f}" for value in self.acc[:2, i, column]] + [f"{self.bias[0, i, column]:.2g}"]
+                if self.members > 1:
+                    numbers += [f"{value:.4g}" for value in (*self.crps[:2, i, column], self.spread[i, column])]
+                rows.append([name, words[i], *numbers, unit])
+        return heads, rows
 
     def table(self) -> str:
         """One line a channel and shown lead."""
-        words = self.lead_words()
-        width = max(6, *map(len, words))
-        lines = [
-            f"{'channel':<10} {'lead':>{width}}  {'RMSE model':>10} {'persistence':>11} {'climatology':>11}"
-            f"  {'ACC model':>9} {'persistence':>11}  {'bias model':>10}"
-            + (f"  {'CRPS model':>10} {'persistence':>11} {'spread':>8}" if self.members > 1 else ""),
-        ]
-        for column, (name, unit) in enumerate(zip(self.channels, self.units, strict=True)):
-            for i in self.shown_leads():
-                model, persistence, climatology = self.rmse[:, i, column]
-                lines.append(
-                    f"{name:<10} {words[i]:>{width}}  {model:>10.4g} {persistence:>11.4g} {climatology:>11.4g}"
-                    f"  {self.acc[0, i, column]:>9.3f} {self.acc[1, i, column]:>11.3f}"
-                    f"  {self.bias[0, i, column]:>10.2g}"
-                    + (
-                        f"  {self.crps[0, i, column]:>10.4g} {self.crps[1, i, column]:>11.4g}"
-                        f" {self.spread[i, column]:>8.4g}"
-                        if self.members > 1
-                        else ""
-                    )
-                    + f"   {unit}"
-                )
+        heads, rows = self.cells()
+        wide = max(6, *(len(row[1]) for row in rows))
+        widths = [max(len(head), 8) + head.endswith(" model") for head in heads[2:-1]]
+        lines = []
+        for name, lead, *numbers, unit in ([*heads[:-1], ""], *rows):
+            shown = " ".join(f"{one:>{width}}" for one, width in zip(numbers, widths, strict=True))
+            lines.append(f"{name:<10} {lead:>{wide}} {shown}   {unit}".rstrip())
         return "\n".join(lines)
 
     def save(self, path: Path) -> None:
@@ -169,6 +168,11 @@ def whole_days(leads: np.ndarray) -> list[int]:
     """Places of every day, or of months of every year."""
     round_number = np.timedelta64(*((12, "M") if of_months(leads) else (24, "h")))
     return np.flatnonzero(leads % round_number == leads - leads).tolist()
+
+
+def nearest_to_a_day(leads: np.ndarray) -> int:
+    """Place of the lead nearest to a day, or to a month."""
+    return int(np.abs(leads - np.timedelta64(*((1, "M") if of_months(leads) else (24, "h")))).argmin())
 
 
 def score(config: Config, rank: int = 0, ranks: int = 1) -> Scores:

@@ -29,7 +29,7 @@ SHM_BYTES = 64 * 2**20
 
 def examine() -> list[Finding]:
     """All findings; none of them stops the others."""
-    parts = (_versions, _launcher, _mpi, _network, _devices, _processors, _shared_memory, _caches, _leaks, _owners)
+    parts = (versions, _launcher, _mpi, _network, devices, _processors, _shared_memory, _caches, _leaks, _owners)
     return [finding for part in parts for finding in _found(part)]
 
 
@@ -41,7 +41,7 @@ def _found(part: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
         yield Finding("error", part.__name__.lstrip("_"), f"could not be looked at: {type(error).__name__}: {error}")
 
 
-def _versions() -> Iterator[Finding]:
+def versions() -> Iterator[Finding]:
     names = ("torch", "numpy", "mpi4py", "submitit", "xarray", "zarr")
     listed = [f"credit {__version__}", f"Python {platform.python_version()} ({sys.executable})"]
     for name in names:
@@ -107,7 +107,7 @@ def _network() -> Iterator[Finding]:
     yield Finding("ok", "network", f"{own}; ranks on several nodes try {', '.join(reached)}; {named}")
 
 
-def _devices() -> Iterator[Finding]:
+def devices() -> Iterator[Finding]:
     import torch
 
     if torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
 import subprocess
@@ -106,9 +107,11 @@ def load_site(name: str) -> Site:
     own = name.endswith((".yaml", ".yml"))
     path = Path(name) if own else HPC / "sites" / f"{name}.yaml"
     if not own and name not in site_names():
+        near = difflib.get_close_matches(name, site_names(), 1)
+        meant = f"did you mean {near[0]!r}? Otherwise " if near else ""
         raise ConfigError(
-            f"there is no site {name!r}; known: {', '.join(site_names())}, local. Or give a file of your own, my.yaml: "
-            f"`credit init --site generic_slurm` and its site file show how"
+            f"there is no site {name!r}; known: {', '.join(site_names())}, local",
+            fix=f"{meant}give a file of your own, my.yaml: `credit init --site generic_slurm` shows how",
         )
     return checked(read_yaml(path), f"the site file {path}")
 

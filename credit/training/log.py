@@ -10,11 +10,15 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from credit.errors import ConfigError, CreditError, DataError
 
 STEP_COLUMNS = ("step", "epoch", "loss", "gradient_norm", "learning_rate", "seconds", "waited")
 EPOCH_COLUMNS = ("step", "epoch", "loss")
 PROGRESS_EVERY_S = 10.0
+Table = dict[str, np.ndarray]
+"""Numbers by the head of their column."""
 
 
 class _Csv:
@@ -66,6 +70,29 @@ class _TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def read_log(run: Path) -> tuple[Table, Table]:
+    """What a run has written: its steps, and its validations.
+
+    Raises:
+        DataError: if no training has begun, or a file is damaged.
+    """
+    if not (run / "log.csv").exists():
+        raise DataError(f"there is no log in {run}: run `credit train` first")
+    return _read(run / "log.csv", STEP_COLUMNS), _read(run / "valid.csv", EPOCH_COLUMNS)
+
+
+def _read(path: Path, columns: tuple[str, ...]) -> Table:
+    try:
+        with path.open(newline="") as stream:
+            heads, *rows = csv.reader(stream)
+        values = np.array(rows, dtype=np.float64).reshape(-1, len(columns)).T
+        if tuple(heads) != columns:
+            raise ValueError(f"its columns are not {', '.join(columns)}")
+    except (ValueError, csv.Error) as error:
+        raise DataError(f"is damaged: {error}", str(path), "move it away, and a new one begins") from None
+    return dict(zip(columns, values, strict=True))
 
 
 class StepLog:

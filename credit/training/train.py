@@ -374,7 +374,7 @@ class TrainingRun:
         """For `credit status`, and for scripts that go on with what is not finished."""
         with together("writing the status"):
             if self.job.is_first:
-                write_status(self.job.config.run, Status(state, step, self.steps))
+                write_status(self.job.config.run, Status(state, step, self.steps, (*self.job.shape,)))
 
 
 def train(job: Job, request: StopRequest | None = None, profile: int = 0) -> Trained:
