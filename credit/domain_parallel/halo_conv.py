@@ -8,22 +8,13 @@ gradient leaves first and travels while the large convolution runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from credit.domain_parallel.groups import RankGroup
-from credit.domain_parallel.halo_exchange import (
-    add_gradients,
-    add_pieces,
-    assemble,
-    send_gradients,
-    send_rows,
-    zero_gradients,
-)
+from credit.domain_parallel.halo_exchange import add_rows, assemble, send_gradients, send_rows
 from credit.domain_parallel.partition import Halo, Partition, Plan, Window, make_plan
 
 Geometry = tuple[list[int], list[int], list[int], int]
@@ -31,13 +22,14 @@ Geometry = tuple[list[int], list[int], list[int], int]
 
 
 def keeps_rows(window: Window, partition: Partition) -> bool:
-    """True if output rows are where the input rows are, so that the local rows need no shift: stride 1, odd kernel."""
+    """True if output rows are where the input rows are, so that the local rows need no shift: stride 1, odd kernel of
+    more than one row."""
     return (
         window.stride == 1
         and window.before == window.after
         and 2 * window.before == window.reach - 1
         and partition.is_plain
-        and window.before <= min(partition.sizes)
+        and 0 < window.before <= min(partition.sizes)
     )
 
 
@@ -93,67 +85,39 @@ class _HaloConv(torch.autograd.Function):
             messages = send_rows(x, plan, dim, group)
             y = _conv(x, weight, bias, geometry)
             halo = assemble({plan.rank: x, **messages.wait()}, plan.pieces, dim, x)
-            strips = []
-            for edge in _edges(window, plan):
-                strip = F.pad(halo.narrow(dim, edge.first, window.before), [0, 0] * (x.ndim - 1 - dim) + edge.zeros)
-                change = _conv(strip, weight, None, without_padding)
-                y.narrow(dim, edge.out, window.before).add_(change)
-                strips.append(strip)
-        ctx.save_for_backward(x, weight, *strips)
+            change = _conv(halo, weight, None, without_padding)
+            for rows, first in _edges(window, plan):
+                y.narrow(dim, rows, window.before).add_(change.narrow(dim, first, window.before))
+        ctx.save_for_backward(x, weight, halo)
         ctx.geometry = geometry, without_padding, window, plan, dim, group, bias is not None
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *strips = ctx.saved_tensors
+        x, weight, halo = ctx.saved_tensors
         geometry, without_padding, window, plan, dim, group, has_bias = ctx.geometry
         wants_x, wants_weight = ctx.needs_input_grad[:2]
-        of_halo = x.new_zeros([*x.shape[:dim], window.before + window.after, *x.shape[dim + 1 :]])
-        weights = []
-        for strip, edge in zip(strips, _edges(window, plan), strict=True):
-            rows = grad.narrow(dim, edge.out, window.before).contiguous()
-            of_strip, of_weight, _ = _conv_backward(
-                rows, strip, weight, without_padding, [wants_x, wants_weight, False]
-            )
-            if wants_x:
-                part = of_strip.narrow(dim, edge.zeros[0], window.before)
-                of_halo.narrow(dim, edge.first, window.before).copy_(part)
-            weights.append(of_weight)
-        messages = None
-        if wants_x:
-            totals = zero_gradients(plan, x, dim)
-            add_pieces(totals, of_halo, plan.pieces, dim)
-            messages = send_gradients(totals, x, plan, dim, group)
+        edges = [grad.narrow(dim, first, window.before) for first in (0, plan.shard - window.before)]
+        of_halo, of_weight, _ = _conv_backward(
+            torch.cat(edges, dim), halo, weight, without_padding, [wants_x, wants_weight, False]
+        )
+        messages = send_gradients(of_halo, plan, dim, group) if wants_x else None
         mask = [wants_x, wants_weight, has_bias and ctx.needs_input_grad[2]]
         grad_x, grad_weight, grad_bias = _conv_backward(grad, x, weight, geometry, mask)
-        for of_weight in weights if wants_weight else ():
+        if wants_weight:
             grad_weight.add_(of_weight)
         if messages is not None:
-            add_gradients(grad_x, messages.wait(), plan, dim)
-            add_pieces({plan.rank: grad_x}, of_halo, plan.pieces, dim)
+            add_rows(grad_x, {plan.rank: of_halo, **messages.wait()}, plan.gradient.runs, dim)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
-@dataclass(frozen=True)
-class _Edge:
-    """One side of the shard: its rows in the halo, the zeros that stand for the shard, its first output row."""
-
-    first: int
-    zeros: list[int]
-    out: int
-
-
-def _edges(window: Window, plan: Plan) -> list[_Edge]:
-    """The sides whose halo is not all zeros."""
-    width = window.before
+def _edges(window: Window, plan: Plan) -> list[tuple[int, int]]:
+    """The sides whose halo is not all zeros: (first row of the output, first row of what the halo contributes)."""
     at_pole = window.mode == "zeros"
-    edges = []
-    if width and not (at_pole and plan.out[0] == 0):
-        edges.append(_Edge(0, [0, 2 * width], 0))
-    if width and not (at_pole and plan.out[-1] == plan.length - 1):
-        edges.append(_Edge(width, [2 * width, 0], plan.shard - width))
-    return edges
+    top, bottom = (0, 0), (plan.shard - window.before, window.before)
+    north = [] if at_pole and plan.out[0] == 0 else [top]
+    return north if at_pole and plan.out[-1] == plan.length - 1 else [*north, bottom]
 
 
 def _without_padding(geometry: Geometry, dim: int, x: Tensor) -> Geometry:

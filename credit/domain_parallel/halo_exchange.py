@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from credit.domain_parallel.constants import constants
 from credit.domain_parallel.groups import Messages, RankGroup
 from credit.domain_parallel.lengths import global_length
 from credit.domain_parallel.manager import DomainParallelError, get_domain_parallel_manager
-from credit.domain_parallel.partition import FILL, Partition, Piece, Plan, Window, make_plan
+from credit.domain_parallel.partition import Partition, Plan, Window, make_plan
+from credit.domain_parallel.pieces import FILL, Piece, Run, Sum
 
 
 class _State(threading.local):
@@ -65,26 +67,35 @@ def _with_rows(shape: torch.Size, dim: int, rows: int) -> list[int]:
 
 def send_rows(x: Tensor, plan: Plan, dim: int, group: RankGroup) -> Messages:
     """Start the messages of `plan`: the rows of `x` that the peers need."""
-    outgoing = {
-        peer: torch.cat([x.narrow(dim, first, count) for first, count in runs], dim)
-        for peer, runs in plan.sends.items()
-    }
+    outgoing = {peer: _joined([x.narrow(dim, *run) for run in runs], dim) for peer, runs in plan.sends.items()}
     shapes = {peer: _with_rows(x.shape, dim, rows) for peer, rows in plan.receives.items()}
     return group.start(outgoing, shapes, x)
 
 
+def _joined(rows: list[Tensor], dim: int) -> Tensor:
+    return rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, dim)
+
+
 def assemble(source: dict[int, Tensor], pieces: Sequence[Piece], dim: int, like: Tensor, fill: float = 0.0) -> Tensor:
-    """The rows that `pieces` tell, from what each rank gave."""
-    rows = []
-    for piece in pieces:
-        if piece.source == FILL:
-            rows.append(like.new_full(_with_rows(like.shape, dim, piece.count), fill))
-        elif piece.step == 1:
-            rows.append(source[piece.source].narrow(dim, piece.first, piece.count))
-        else:
-            lowest = piece.first - piece.count + 1
-            rows.append(source[piece.source].narrow(dim, lowest, piece.count).flip(dim))
+    """The rows that `pieces` tell, from what each rank gave: a new tensor."""
+    rows = [
+        _value(fill, like.dtype, like.device).expand(_with_rows(like.shape, dim, piece.count))
+        if piece.source == FILL
+        else _rows(source, piece, dim)
+        for piece in pieces
+    ]
     return torch.cat(rows, dim) if rows else like.narrow(dim, 0, 0)
+
+
+@constants
+def _value(fill: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(fill, dtype=dtype, device=device)
+
+
+def _rows(source: dict[int, Tensor], piece: Piece, dim: int) -> Tensor:
+    if piece.step == 1:
+        return source[piece.source].narrow(dim, piece.first, piece.count)
+    return source[piece.source].narrow(dim, piece.first - piece.count + 1, piece.count).flip(dim)
 
 
 def _gather_rows(x: Tensor, plan: Plan, dim: int, group: RankGroup, fill: float = 0.0) -> Tensor:
@@ -92,46 +103,32 @@ def _gather_rows(x: Tensor, plan: Plan, dim: int, group: RankGroup, fill: float 
     return assemble({plan.rank: x, **received}, plan.pieces, dim, x, fill)
 
 
-def add_pieces(totals: dict[int, Tensor], grad: Tensor, pieces: Sequence[Piece], dim: int) -> None:
-    """The transpose of `assemble`: add each piece of `grad` to the rows it was made of, of the ranks in `totals`."""
-    position = 0
-    for piece in pieces:
-        rows = grad.narrow(dim, position, piece.count)
-        position += piece.count
-        if piece.source not in totals:
-            continue
-        lowest = piece.first if piece.step == 1 else piece.first - piece.count + 1
-        totals[piece.source].narrow(dim, lowest, piece.count).add_(rows if piece.step == 1 else rows.flip(dim))
+def add_rows(total: Tensor, source: dict[int, Tensor], runs: Sequence[Run], dim: int) -> None:
+    """Add to rows of `total` what `runs` tell, of what each rank gave."""
+    for first, piece in runs:
+        total.narrow(dim, first, piece.count).add_(_rows(source, piece, dim))
 
 
-def send_gradients(totals: dict[int, Tensor], grad: Tensor, plan: Plan, dim: int, group: RankGroup) -> Messages:
+def _summed(source: dict[int, Tensor], rows: Sum, dim: int, like: Tensor) -> Tensor:
+    """The rows that are such sums of what each rank gave: a view, where they are rows of one."""
+    if len(rows.runs) == len(rows.pieces) == 1:
+        return _rows(source, rows.pieces[0], dim)
+    total = assemble(source, rows.pieces, dim, like)
+    add_rows(total, source, rows.added, dim)
+    return total
+
+
+def send_gradients(grad: Tensor, plan: Plan, dim: int, group: RankGroup) -> Messages:
     """Start the messages of the transposed plan: the gradients of received rows go back to their owners."""
+    outgoing = {peer: _summed({plan.rank: grad}, rows, dim, grad) for peer, rows in plan.gradients.items()}
     counts = {peer: sum(count for _, count in runs) for peer, runs in plan.sends.items()}
-    shapes = {peer: _with_rows(grad.shape, dim, rows) for peer, rows in counts.items()}
-    return group.start(totals, shapes, grad)
-
-
-def add_gradients(own: Tensor, received: dict[int, Tensor], plan: Plan, dim: int) -> None:
-    """Add to `own` what the peers sent back."""
-    for peer, message in received.items():
-        position = 0
-        for first, count in plan.sends[peer]:
-            own.narrow(dim, first, count).add_(message.narrow(dim, position, count))
-            position += count
-
-
-def zero_gradients(plan: Plan, grad: Tensor, dim: int) -> dict[int, Tensor]:
-    """Zeros for the gradients of the rows that came from each peer."""
-    return {peer: grad.new_zeros(_with_rows(grad.shape, dim, rows)) for peer, rows in plan.receives.items()}
+    return group.start(outgoing, {peer: _with_rows(grad.shape, dim, rows) for peer, rows in counts.items()}, grad)
 
 
 def _scatter_add_rows(grad: Tensor, plan: Plan, dim: int, group: RankGroup) -> Tensor:
     """The transpose of `_gather_rows`."""
-    totals = zero_gradients(plan, grad, dim)
-    own = grad.new_zeros(_with_rows(grad.shape, dim, plan.shard))
-    add_pieces({**totals, plan.rank: own}, grad, plan.pieces, dim)
-    add_gradients(own, send_gradients(totals, grad, plan, dim, group).wait(), plan, dim)
-    return own
+    received = send_gradients(grad, plan, dim, group).wait()
+    return _summed({plan.rank: grad, **received}, plan.gradient, dim, grad)
 
 
 class _Exchange(torch.autograd.Function):

@@ -17,9 +17,9 @@ from functools import lru_cache
 from operator import eq
 from typing import Protocol
 
+from credit.domain_parallel.pieces import FILL, Piece, Sum, returned, sum_of, transposed
+
 PAD_MODES = ("zeros", "reflect", "replicate", "circular")
-FILL = -1
-"""Source of a `Piece` of fill (zeros, usually): rows past a pole that belong to no rank."""
 
 
 class PartitionError(ValueError):
@@ -177,7 +177,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Halo:
-    """Of what a `Window` reads, only the `before` rows above and the `after` rows below the output rows' own."""
+    """Of what a `Window` reads, only the `before` rows above and the `after` rows below the output rows' own.
+
+    Between the two are as many rows of fill: of a convolution of all this, the first `before` rows are what the rows
+    above contribute, and the last `after` ones what those below do.
+    """
 
     window: Window
 
@@ -186,7 +190,8 @@ class Halo:
 
     def needs(self, out: Sequence[int], length: int) -> list[int | None]:
         rows = self.window.needs(out, length)
-        return rows[: self.window.before] + rows[len(rows) - self.window.after :]
+        above, below = self.window.before, self.window.after
+        return [*rows[:above], *[None] * (above + below), *rows[len(rows) - below :]]
 
 
 @dataclass(frozen=True)
@@ -263,19 +268,6 @@ class Everything:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """`count` rows of `source` (a rank, or FILL), from row `first` on, downwards if `step` is -1.
-
-    `first` counts from the top of this rank's own shard, or of the message received from `source`.
-    """
-
-    source: int
-    first: int
-    count: int
-    step: int = 1
-
-
-@dataclass(frozen=True)
 class Plan:
     """What one rank does so that it holds the rows its operator reads, and nothing else is sent.
 
@@ -288,6 +280,8 @@ class Plan:
         shard: number of input rows this rank owns.
         sends_any: some rank sends something.
         stays: every rank needs the rows that it owns.
+        gradient: of the rows owned, a sum of those of what was needed of them, here and by the peers.
+        gradients: of the rows that came from each peer, sums of those of what was needed here.
     """
 
     pieces: tuple[Piece, ...]
@@ -299,6 +293,8 @@ class Plan:
     rank: int
     sends_any: bool
     stays: bool
+    gradient: Sum
+    gradients: dict[int, Sum]
 
     @property
     def is_identity(self) -> bool:
@@ -334,16 +330,21 @@ def make_plan(operator: RowMap, source: Partition, rank: int, target: Partition 
         )
     needs = [_needs(operator, source, target, peer) for peer in range(parts)]
     foreign = [_foreign_rows(needs[peer], source, peer) for peer in range(parts)]
+    pieces = _pieces(needs[rank], source, rank, foreign[rank])
+    sends = {peer: _runs(rows[rank].values()) for peer, rows in enumerate(foreign) if rank in rows}
+    receives = {peer: len(rows) for peer, rows in foreign[rank].items()}
     return Plan(
-        pieces=_pieces(needs[rank], source, rank, foreign[rank]),
-        sends={peer: _runs(rows[rank].values()) for peer, rows in enumerate(foreign) if rank in rows},
-        receives={peer: len(rows) for peer, rows in foreign[rank].items()},
+        pieces=pieces,
+        sends=sends,
+        receives=receives,
         out=target.indices(rank),
         length=length,
         shard=source.size(rank),
         rank=rank,
         sends_any=any(foreign),
         stays=not any(foreign) and all(_are_own(needs[peer], source, peer) for peer in range(parts)),
+        gradient=sum_of([*transposed(pieces, rank, rank), *returned(sends)], source.size(rank)),
+        gradients={peer: sum_of(transposed(pieces, peer, rank), count) for peer, count in receives.items()},
     )
 
 

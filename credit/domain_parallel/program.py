@@ -1,9 +1,10 @@
 """A function of tensors, written down as two straight lists of operators: its forward, and its backward.
 
 It is run once on tensors without values (torch's fake tensors), forward and backward in one go, and the list is cut
-between the two. Nothing in it is reordered, replaced or made functional: replayed, it is the calls of operators that
-eager code makes, with the same operands in the same order, changes in place and random draws included. What a function
-does besides (reads values, keeps tensors in other places) makes it `NotRecordable`.
+between the two. Nothing in it is replaced or made functional: replayed, it is the calls of operators that eager code
+makes, with the same operands, changes in place and random draws included; in the same order, but for what may go on
+while messages are under way (see `overlap`). What a function does besides (reads values, keeps tensors in other places)
+makes it `NotRecordable`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from credit.domain_parallel import wire
 from credit.domain_parallel.autocast import NONE, Autocast
 from credit.domain_parallel.groups import written_by
+from credit.domain_parallel.nodes import changed, draws, has_effect, sharing, storage
+from credit.domain_parallel.overlap import Crossing, crossings, overlapped
 from credit.domain_parallel.torch_private import TorchDispatchMode, no_dispatch_modes
 from credit.domain_parallel.torch_private_recording import FakeTensor, FakeTensorMode, boxed, inductor
 
@@ -81,6 +84,7 @@ class Program:
         changed: numbers of the inputs that the forward changes in place.
         watched: numbers of the inputs and outputs that share memory with what the backward needs.
         cotangent: how the output's was stored.
+        crossings: the messages of the forward, and of the backward.
     """
 
     forward: Boxed
@@ -93,6 +97,7 @@ class Program:
     changed: tuple[int, ...]
     watched: tuple[tuple[int, ...], tuple[int, ...]]
     cotangent: Layout | None
+    crossings: tuple[list[Crossing], list[Crossing]]
 
 
 def record(
@@ -289,7 +294,8 @@ class _Listing:
 
     def program(self, call: Callable[[fx.GraphModule], Boxed]) -> Program:
         self._simplify()
-        changed = self._check()
+        written = self._check()
+        self.before, self.after = overlapped(self.before), overlapped(self.after)
         late = set(self.after)
         used = {node for one in self.after for node in one.all_input_nodes} | {*self.gradients}
         kept = sorted((x for x in used if x not in late and x is not self.cotangent), key=self.place.__getitem__)
@@ -311,17 +317,18 @@ class _Listing:
             needed=tuple(number[x] for x in needed),
             saved=tuple(x.name for x in saved),
             slots=tuple(self.written.slots),
-            changed=tuple(sorted(number[x] for x in changed)),
-            watched=(_sharing(self.inputs, saved), _sharing(self.ours, saved)),
+            changed=tuple(sorted(number[x] for x in written)),
+            watched=(sharing(self.inputs, saved), sharing(self.ours, saved)),
             cotangent=None if self.written.cotangent is None else self.written.cotangent[1],
+            crossings=(crossings(self.before), crossings(self.after)),
         )
 
     def _simplify(self) -> None:
         """Leave out what does nothing: constants need no copies that nobody changes, and `detach` is for autograd."""
-        written = {_storage(x) for node in (*self.before, *self.after) for x in _changed(node)}
+        written = {storage(x) for node in (*self.before, *self.after) for x in changed(node)}
         for nodes in (self.before, self.after):
             for node in [*nodes]:
-                if node.target is _aten.lift_fresh.default and _storage(node) in written:
+                if node.target is _aten.lift_fresh.default and storage(node) in written:
                     node.target = _aten.clone.default
                 elif node.target in (*_SAME, _aten.lift_fresh.default):
                     source = node.args[0]
@@ -333,21 +340,21 @@ class _Listing:
 
     def _check(self) -> set[fx.Node]:
         """The inputs that are changed."""
-        memory = {_storage(x): x for x in self.inputs}
-        changed = {memory[key] for node in self.before for x in _changed(node) if (key := _storage(x)) in memory}
-        if any(self.inputs.index(x) not in self.changeable for x in changed):
+        memory = {storage(x): x for x in self.inputs}
+        written = {memory[key] for node in self.before for x in changed(node) if (key := storage(x)) in memory}
+        if any(self.inputs.index(x) not in self.changeable for x in written):
             raise NotRecordable("it changes a tensor in place that is no buffer")
-        if any(_storage(x) in memory for node in self.after for x in _changed(node)):
+        if any(storage(x) in memory for node in self.after for x in changed(node)):
             raise NotRecordable("its backward changes a buffer (a checkpoint of layers with buffers, perhaps)")
-        if any(_draws(node) for node in self.after):
+        if any(draws(node) for node in self.after):
             raise NotRecordable("its backward draws random numbers (a checkpoint of layers with dropout, perhaps)")
         if any(node.target is _aten.as_strided.default for node in (*self.before, *self.after)):
             raise NotRecordable("it counts strides in memory")
-        constants = {_storage(x) for x in self.before if x.op == "get_attr"}
-        places = [_storage(x) for x in self.ours]
+        constants = {storage(x) for x in self.before if x.op == "get_attr"}
+        places = [storage(x) for x in self.ours]
         if len(set(places)) < len(places) or any(place in memory or place in constants for place in places):
             raise NotRecordable("what it returns is, or shares memory with, what it was given, or returns besides")
-        return changed
+        return written
 
     def _module(self, inputs: list[fx.Node], nodes: list[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
         graph = fx.Graph()
@@ -384,40 +391,5 @@ def _compiled(module: fx.GraphModule) -> Boxed:
 
 def _drop_unused(graph: fx.Graph) -> None:
     for node in reversed([*graph.nodes]):
-        if node.op in ("call_function", "get_attr") and not node.users and not _has_effect(node):
+        if node.op in ("call_function", "get_attr") and not node.users and not has_effect(node):
             graph.erase_node(node)
-
-
-def _has_effect(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return False  # an entry of a tuple
-    return schema.is_mutable or not schema.returns or node.target in wire.CALLS or _draws(node)
-
-
-def _draws(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _changed(node: fx.Node) -> list[fx.Node]:
-    """What an operator changes in place."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    found: list[fx.Node] = []
-    for i, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = node.kwargs.get(argument.name) if argument.kwarg_only or i >= len(node.args) else node.args[i]
-            found.extend(x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, fx.Node))
-    return found
-
-
-def _storage(node: fx.Node) -> Any:
-    """Which memory it is in; what is no one tensor is in none that others are in."""
-    value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else node
-
-
-def _sharing(nodes: list[fx.Node], saved: list[fx.Node]) -> tuple[int, ...]:
-    places = {_storage(x) for x in saved}
-    return tuple(i for i, node in enumerate(nodes) if _storage(node) in places)

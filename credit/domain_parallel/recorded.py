@@ -29,6 +29,7 @@ from credit.domain_parallel.containers import _Opened, flattened, restored
 from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.manager import DomainParallelError
 from credit.domain_parallel.modules_state import ModulesChanged, ModulesState
+from credit.domain_parallel.overlap import Crossing
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.program import Given, Layout, NotRecordable, Program
 from credit.domain_parallel.slab import Slab, class_name
@@ -86,6 +87,11 @@ class Recorder:
 
     def __reduce__(self) -> Any:
         return Recorder, (self.compiled,)
+
+    def crossings(self) -> list[Crossing]:
+        """The messages of all that is recorded, and what goes on while they are under way."""
+        programs = [made.program for kind in self._recordings.values() for made in kind.values()]
+        return [one for made in programs for one in (*made.crossings[0], *made.crossings[1])]
 
     def run(self, root: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """forward(*args, **kwargs) of a model of which no rank has a part of the arguments."""

@@ -7,14 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from credit.domain_parallel.partition import (
-    FILL,
     Everything,
     Partition,
     PartitionError,
+    Plan,
     TransposedWindow,
     Window,
     make_plan,
 )
+from credit.domain_parallel.pieces import FILL, Piece, Sum
 
 
 @given(length=st.integers(0, 2000), parts=st.integers(1, 40))
@@ -76,6 +77,63 @@ def test_executing_the_plans_on_row_numbers_gives_every_rank_what_it_needs(opera
         assert sum(plan.receives.values()) == len(foreign)
     for rank, plan in enumerate(plans):
         assert {peer for peer in range(parts) if rank in plans[peer].sends} == set(plan.receives)
+
+
+@given(operator=windows | transposed | st.just(Everything()), length=st.integers(1, 40), parts=st.integers(1, 8))
+def test_the_transposed_plans_add_every_gradient_to_the_row_it_is_of_once(operator, length, parts) -> None:
+    """Gradients are named (rank, place) here, and what is added up is a list of names."""
+    try:
+        plans = [make_plan(operator, Partition(length, parts), rank) for rank in range(parts)]
+    except PartitionError:
+        return
+    owned = Partition(length, parts)
+    needed = [
+        [
+            None if piece.source == FILL else (piece.source, piece.first + i * piece.step)
+            for piece in plan.pieces
+            for i in range(piece.count)
+        ]
+        for plan in plans
+    ]
+    gradients = [[[(rank, place)] for place in range(len(rows))] for rank, rows in enumerate(needed)]
+    messages = {
+        (rank, peer): added({rank: gradients[rank]}, rows)
+        for rank, plan in enumerate(plans)
+        for peer, rows in plan.gradients.items()
+    }
+    found = []
+    for rank, plan in enumerate(plans):
+        received = {peer: messages[peer, rank] for peer in plan.sends}
+        found += added({rank: gradients[rank], **received}, plan.gradient)
+    expected: list[list[tuple[int, int]]] = [[] for _ in range(length)]
+    for rank, rows in enumerate(needed):
+        for place, source in enumerate(rows):
+            if source is not None:
+                expected[global_row(source, rank, plans, owned)].append((rank, place))
+    assert [sorted(names) for names in found] == expected
+
+
+def added(source: dict[int, list[list]], rows: Sum) -> list[list]:
+    """What a `Sum` makes of lists of names."""
+
+    def taken(piece: Piece) -> list[list]:
+        if piece.source == FILL:
+            return [[] for _ in range(piece.count)]
+        return [source[piece.source][piece.first + i * piece.step] for i in range(piece.count)]
+
+    found = [[*names] for piece in rows.pieces for names in taken(piece)]
+    for first, piece in rows.added:
+        for i, names in enumerate(taken(piece)):
+            found[first + i] += names
+    return found
+
+
+def global_row(source: tuple[int, int], rank: int, plans: list[Plan], owned: Partition) -> int:
+    """Of a row that `rank` has itself, or from a peer's message."""
+    peer, place = source
+    if peer == rank:
+        return owned.start(rank) + place
+    return [owned.start(peer) + first + i for first, count in plans[peer].sends[rank] for i in range(count)][place]
 
 
 def test_a_strided_convolution_on_even_rows_reads_one_row_from_one_side_only() -> None:

@@ -218,6 +218,14 @@ class Net(nn.Module):
         return x * self.scale + self.last(self.twice(y))
 
 
+def busy(net: Net, y: Tensor) -> Tensor:
+    """Draws, and changes in place, that could be done while rows are under way, but for what comes before them."""
+    far, kept = y.roll(3, -2), y * 1
+    noisy = F.dropout(far, 0.5) + kept
+    kept.mul_(2)
+    return noisy + F.dropout(kept, 0.5)
+
+
 CASES: dict[str, tuple[dict, dict]] = {
     "dropout": ({"dropout": 0.3}, {"rollout": 2}),
     "running statistics": ({"norm": nn.BatchNorm2d}, {}),
@@ -225,6 +233,7 @@ CASES: dict[str, tuple[dict, dict]] = {
     "a rollout of weights that are computed": ({"spectral": True}, {"rollout": 2}),
     "autocast over a rollout": ({"spectral": True}, {"rollout": 2, "amp": True}),
     "what is computed again": ({"again": True}, {}),
+    "order while messages fly": ({"then": busy}, {}),
 }
 
 

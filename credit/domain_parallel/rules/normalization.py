@@ -29,7 +29,10 @@ class _Standardize(torch.autograd.Function):
     """(x - mean) / sqrt(variance + eps) * weight + bias, with the moments of all ranks' rows.
 
     `dims` are reduced, the last axis among them; weight and bias broadcast against x. Without `center`, the mean is
-    taken to be zero (RMS norm). Returns y, mean and variance.
+    taken to be zero (RMS norm). Returns y, mean and variance + eps.
+
+    Where an accelerator waits for the host, what counts is how few operators there are, not how small they are: the
+    kernels of torch's own norms are put to other uses, each for what would take several.
     """
 
     @staticmethod
@@ -45,72 +48,111 @@ class _Standardize(torch.autograd.Function):
         group: RankGroup,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean, variance = _moments(wide, dims, eps, center)
-        mean, variance = _combine(mean, variance, counts, group)
-        rstd = torch.rsqrt(variance + eps)
-        scale = rstd if weight is None else rstd * weight
-        shift = -mean * scale if bias is None else torch.addcmul(bias.to(scale.dtype), mean, scale, value=-1)
-        ctx.save_for_backward(x, weight, mean, rstd)
+        mean, spread = _combine(*_moments(wide, dims, eps, center), counts, group)
+        rstd = spread.rsqrt()
+        if weight is not None and _is_late(weight):
+            scale = rstd * weight
+            shift = -mean * scale if bias is None else torch.addcmul(bias.to(scale.dtype), mean, scale, value=-1)
+            y = _standardized(wide, None, None, scale, shift)
+        else:
+            scale, y = rstd, _standardized(wide, mean, spread)
+            if weight is not None:
+                y = y * weight if bias is None else torch.addcmul(bias, y, weight)
+        ctx.save_for_backward(x, weight, mean, spread, rstd, scale)
         ctx.geometry = dims, center, sum(counts), group, None if bias is None else bias.shape
-        ctx.mark_non_differentiable(mean, variance)
-        return _affine(wide, scale, shift).to(x.dtype), mean, variance
+        ctx.mark_non_differentiable(mean, spread)
+        ctx.set_materialize_grads(False)
+        return y.to(x.dtype), mean, spread
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
+        x, weight, mean, spread, rstd, scale = ctx.saved_tensors
         dims, center, count, group, bias_shape = ctx.geometry
         kind = x.dtype
         x, grad = x.to(rstd.dtype), grad.to(rstd.dtype)
-        # With one weight for the whole last axis, sums over it come first and the weight after: two passes less.
-        late = weight is not None and weight.shape[-1] == 1
+        late = _is_late(weight)
         weighted = grad if weight is None or late else grad * weight
-        sums, dots = weighted.sum(-1, keepdim=True), _dot(weighted, x)
+        dots, sums = _sums(weighted, x, mean, rstd)
         grad_weight = grad_bias = None
         if late:
-            grad_weight = _reduce_to((dots - mean * sums) * rstd, weight.shape)
-            grad_bias = _reduce_to(sums, bias_shape)
-            sums, dots = sums * weight, dots * weight
+            grad_weight, grad_bias = _reduce_to(dots, weight.shape), _reduce_to(sums, bias_shape)
         elif weight is not None:
             grad_weight = _reduce_to(grad * ((x - mean) * rstd), weight.shape)
             grad_bias = _reduce_to(grad, bias_shape)
-        totals = torch.stack([sums.sum(dims, keepdim=True), dots.sum(dims, keepdim=True)])
-        total, dot = group.all_reduce(totals)
-        spread = (dot - mean * total) * rstd.pow(3) / -count
-        offset = -mean * spread - total * rstd / count if center else torch.zeros_like(spread)
-        grad_x = _affine(x, spread, offset)
-        grad_x.addcmul_(grad, rstd if weight is None else rstd * weight)
-        return grad_x.to(kind), grad_weight, grad_bias, None, None, None, None, None
+        totals = torch.stack([dots, sums])
+        totals = totals * weight if late else totals
+        if any(totals.shape[d + 1] > 1 for d in dims):
+            totals = totals.sum([d + 1 for d in dims], keepdim=True)
+        totals = group.all_reduce(totals)
+        slope, offset = torch.addcmul(_zero(rstd.dtype, rstd.device), totals, rstd, value=-1 / max(count, 1))
+        grad_x = _standardized(x, mean, spread, slope, offset if center else torch.zeros_like(slope))
+        return grad_x.addcmul_(weighted, scale).to(kind), grad_weight, grad_bias, None, None, None, None, None
 
 
-def _moments(x: Tensor, dims: tuple[int, ...], eps: float, center: bool) -> tuple[Tensor | None, Tensor]:
-    """(mean, variance) of the local rows over `dims`; without `center`, of squares alone.
+def _is_late(weight: Tensor | None) -> bool:
+    """There is one weight for all of the last axis: sums over it come first and the weight after."""
+    return weight is not None and weight.shape[-1] == 1
+
+
+def _moments(x: Tensor, dims: tuple[int, ...], eps: float, center: bool) -> Moments:
+    """(mean, variance + eps) of the local rows over `dims`; without `center`, zero and that of squares.
 
     The kernel of group_norm takes moments five times as fast as torch.var_mean on a CPU, which is worth its output.
     """
     if not center:
-        return None, _dot(x, x).mean(dims, keepdim=True) / x.shape[-1]
+        squares = _dot(x, x).mean(dims, keepdim=True) / x.shape[-1] + eps
+        return torch.zeros_like(squares), squares
     first = next(d for d in range(x.ndim) if all(e in dims for e in range(d, x.ndim)))
     shape = (*x.shape[:first], *[1] * (x.ndim - first))
     rows, size = prod(x.shape[:first]), prod(x.shape[first:])
     if not x.numel():
         return x.new_zeros(shape).mean(dims, keepdim=True), x.new_zeros(shape).mean(dims, keepdim=True)
     _, mean, rstd = torch.native_group_norm(x.reshape(1, rows, size).contiguous(), None, None, 1, rows, size, rows, eps)
-    mean, variance = mean.view(shape), (rstd.view(shape).pow(-2) - eps).clamp_min(0)
+    mean, spread = mean.view(shape), rstd.view(shape).pow(-2)
+    if all(shape[d] == 1 for d in dims):
+        return mean, spread
     total = mean.mean(dims, keepdim=True)
-    return total, (variance + (mean - total).square()).mean(dims, keepdim=True)
+    return total, (spread + (mean - total).square()).mean(dims, keepdim=True)
 
 
-def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x * scale + shift, in the one pass of batch_norm's kernel where they do not change along the last axis."""
-    if scale.shape[-1] > 1 or shift.shape[-1] > 1 or not x.numel():
-        return torch.addcmul(shift, x, scale)
-    rows = x.numel() // x.shape[-1]
-    scale, shift = (w.expand(*x.shape[:-1], 1).reshape(rows) for w in (scale, shift))
-    one, zero = torch.ones_like(scale), torch.zeros_like(scale)
-    y = F.batch_norm(x.reshape(1, rows, -1).contiguous(), zero, one, scale, shift, False, 0.0, 0.0)
+def _standardized(
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """(x - mean) / sqrt(variance) * weight + bias, in the one pass of batch_norm's kernel: none of these changes along
+    the last axis."""
+    given = [w for w in (mean, weight) if w is not None]
+    if not x.numel():
+        return x.clone()
+    axes = max((d + 1 for w in given for d in range(w.ndim) if w.shape[d] > 1), default=0)
+    shape, rows = (*x.shape[:axes], *[1] * (x.ndim - axes)), prod(x.shape[:axes])
+    mean, variance, weight, bias = (
+        None if w is None else w.expand(shape).reshape(rows) for w in (mean, variance, weight, bias)
+    )
+    if mean is None or variance is None:
+        mean, variance = _zero(x.dtype, x.device, rows), _one(x.dtype, x.device, rows)
+    y = F.batch_norm(x.reshape(1, rows, -1).contiguous(), mean, variance, weight, bias, False, 0.0, 0.0)
     # Not as a view: what an autograd function returns could then not be changed in place, as ReLU(inplace=True) does.
     return unsafe_view(y, x.shape)
+
+
+def _sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Moments:
+    """Over the last axis: of grad * (x - mean) * rstd, and of grad. The kernel of group_norm's backward takes both."""
+    shape, rows = (*x.shape[:-1], 1), prod(x.shape[:-1])
+    if not x.numel():
+        return x.new_zeros(shape), x.new_zeros(shape)
+    axes = max((d + 1 for d in range(mean.ndim) if mean.shape[d] > 1), default=0)
+    groups = prod(x.shape[:axes])
+    mean, rstd = (w.expand(*x.shape[:axes], *w.shape[axes:]).reshape(1, groups) for w in (mean, rstd))
+    grad, x = (w.reshape(1, rows, -1).contiguous() for w in (grad, x))
+    _, dots, sums = torch.ops.aten.native_group_norm_backward(
+        grad, x, mean, rstd, x.new_empty(rows), 1, rows, x.shape[-1], groups, [False, True, True]
+    )
+    return dots.view(shape), sums.view(shape)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -122,18 +164,28 @@ def _reduce_to(x: Tensor, shape: torch.Size | None) -> Tensor | None:
     return None if shape is None else x.sum_to_size(shape)
 
 
-def _combine(mean: Tensor | None, variance: Tensor, counts: tuple[int, ...], group: RankGroup) -> Moments:
-    mine = torch.stack([torch.zeros_like(variance) if mean is None else mean, variance])
-    means, variances = group.all_gather(mine).unbind(1)
-    total = _average(means, counts)
-    return total, _average(variances + (means - total).square(), counts)
-
-
-def _average(x: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """Over the ranks, the first axis, each of which has so many entries."""
+def _combine(mean: Tensor, variance: Tensor, counts: tuple[int, ...], group: RankGroup) -> Moments:
+    """The moments of all ranks' rows, of which each has so many."""
+    everyone = group.all_gather(torch.stack([mean, variance]))
+    means = everyone.select(1, 0)
     if len(set(counts)) == 1:
-        return x.mean(0)
-    return (_shares(counts, x.dtype, x.device).view(-1, *[1] * (x.ndim - 1)) * x).sum(0)
+        total, spread = everyone.mean(0), means.var(0, correction=0)
+    else:
+        shares = _shares(counts, mean.dtype, mean.device).view(-1, *[1] * mean.ndim)
+        total = (everyone * shares.unsqueeze(1)).sum(0)
+        spread = ((means - total[0]).square() * shares).sum(0)
+    mean, variance = total.unbind()
+    return mean, variance.add_(spread)
+
+
+@constants
+def _zero(dtype: torch.dtype, device: torch.device, number: int = 1) -> Tensor:
+    return torch.zeros(number, dtype=dtype, device=device)
+
+
+@constants
+def _one(dtype: torch.dtype, device: torch.device, number: int) -> Tensor:
+    return torch.ones(number, dtype=dtype, device=device)
 
 
 @constants
@@ -150,7 +202,8 @@ def standardize(
     eps: float,
     center: bool = True,
 ) -> tuple[Slab, Tensor, Tensor]:
-    """The rows of `x`, viewed as `shape`, standardized over `dims` of that view; moments keep these axes."""
+    """The rows of `x`, viewed as `shape`, standardized over `dims` of that view. Mean and variance + eps keep
+    these axes."""
     if not eps >= 0 or not x.is_floating_point():
         raise Declined
     if bias is not None and weight is None:
@@ -159,10 +212,10 @@ def standardize(
     ours = prod(local.shape[d] for d in dims)
     rows = len(x.partition.range(x.group.rank))
     counts = tuple(ours // max(rows, 1) * len(x.partition.range(rank)) for rank in range(x.partition.parts))
-    y, mean, variance = _Standardize.apply(local, weight, bias, dims, eps, center, counts, x.group)
+    y, mean, spread = _Standardize.apply(local, weight, bias, dims, eps, center, counts, x.group)
     if x.device.type not in ("cpu", "meta") and torch.is_autocast_enabled(x.device.type):
         y = y.float()  # as autocast does for norms
-    return x.like(y.reshape(x.local.shape)), mean, variance
+    return x.like(y.reshape(x.local.shape)), mean, spread
 
 
 def _refuse_cut(*others: Any) -> None:
@@ -214,19 +267,21 @@ def instance_norm(
     batch, channels = input.shape[:2]
     weight, bias = (None if w is None else w.view(1, channels, 1) for w in (weight, bias))
     shape = (batch, channels, prod(input.local.shape[2:]))
-    y, mean, variance = standardize(input, shape, (2,), weight, bias, eps)
+    y, mean, spread = standardize(input, shape, (2,), weight, bias, eps)
     count = prod(input.shape[2:])
-    _update(running_mean, running_var, mean.mean((0, 2)), variance.mean((0, 2)), count, momentum)
+    if running_mean is not None:
+        _update(running_mean, running_var, mean.mean((0, 2)), spread.mean((0, 2)) - eps, count, momentum)
     return y
 
 
 def _update(
-    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, variance: Tensor, count: int, momentum: float
+    running_mean: Tensor, running_var: Tensor | None, mean: Tensor, variance: Tensor, count: int, momentum: float
 ) -> None:
-    if running_mean is not None and running_var is not None:
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
+    assert running_var is not None, "torch has both or none"
+    with torch.no_grad():
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        variance = variance.clamp_min(0) * (count / (count - 1))
+        running_var.lerp_(variance.to(running_var.dtype), momentum)
 
 
 @rule("F.batch_norm")
@@ -252,8 +307,9 @@ def batch_norm(
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     weight, bias = (None if w is None else w.view(1, channels, 1) for w in (weight, bias))
     shape = (input.local.shape[0], channels, prod(input.local.shape[2:]))
-    y, mean, variance = standardize(input, shape, (0, 2), weight, bias, eps)
-    _update(running_mean, running_var, mean.flatten(), variance.flatten(), count, momentum)
+    y, mean, spread = standardize(input, shape, (0, 2), weight, bias, eps)
+    if running_mean is not None:
+        _update(running_mean, running_var, mean.flatten(), spread.flatten() - eps, count, momentum)
     return y
 
 
