@@ -51,7 +51,7 @@ def test_what_the_written_file_says(tmp_path, capsys, monkeypatch) -> None:
     assert config.trainer.parallelism.data == "fsdp2"
     assert config.model.name == "wxformer"
     assert config.model.widths == [128, 256, 512, 1024]
-    assert (config.model.padding, to_text(config.forecast.lead)) == (80, "10d")
+    assert (config.model.padding, to_text(config.forecast.lead)) == (80, "240h")
     assert main(["migrate", str(THEIRS), str(path)]) == 2
     assert "is there already" in capsys.readouterr().err
 
