@@ -7,6 +7,7 @@ else, from a user's class or from ours, is said by its type and the place it com
 from __future__ import annotations
 
 import os
+import select
 import sys
 import sysconfig
 import tempfile
@@ -15,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from credit.errors import CreditError, HeardByFewError, Stopped, UnforeseenError
 from credit.terminal import say_error
@@ -43,11 +45,13 @@ def bounded(verb: Callable[[], int | None]) -> int:
 
     Returns:
         The exit code: the verb's; 2 for an error the user can fix; 1 for one that nobody foresaw; 75 if a signal
-        stopped it and the same command goes on.
+        stopped it and the same command goes on; 120 if its output has no reader.
     """
     try:
         return verb() or 0
     except CAUGHT as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
+            return 120  # as Python ends when the output of its last moment is lost
         ours = explained(error)
         if _speaks(error, ours):
             word = "stopped" if isinstance(ours, Stopped) else "error"
@@ -60,6 +64,16 @@ def bounded(verb: Callable[[], int | None]) -> int:
 
             let_others_ask(ours.what)
         return ours.exit_code
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    """It is a pipe whose reader has left, as `| head` does: nobody's error."""
+    watch = select.poll()
+    try:
+        watch.register(stream, select.POLLOUT)
+    except (OSError, ValueError):  # it is no file
+        return False
+    return any(event & select.POLLERR for _, event in watch.poll(0))
 
 
 def explained(error: BaseException) -> CreditError:

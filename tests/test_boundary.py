@@ -329,6 +329,19 @@ def fill(disk: Path, left: int) -> None:
         stream.write(b"x" * max(free.f_bavail * free.f_frsize - left, 0))
 
 
+@pytest.mark.parametrize(("lines", "code"), [(1, "0"), (10**6, "120")])
+def test_a_reader_that_leaves_is_no_error(tmp_path, lines: int, code: str) -> None:
+    """As `| head` does, in the middle of more than a pipe holds."""
+    script = tmp_path / "much.py"
+    script.write_text(
+        "from credit.__main__ import end_with\nfrom credit.boundary import bounded\n"
+        f"end_with(bounded(lambda: print(*range({lines}), sep='\\n')))\n"
+    )
+    piped = f'"{sys.executable}" "{script}" | head -n 1; echo "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"0\n{code}\n", "")
+
+
 def test_printing_to_a_full_disk_is_said(trained, disk) -> None:
     fill(disk, 0)
     with (disk / "log").open("w") as full:
