@@ -57,7 +57,7 @@ lint: $(VENV)/.installed
 	$(BIN)/shellcheck $(SCRIPTS)
 
 docs: $(VENV)/.installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 reference: $(VENV)/.installed
 	$(BIN)/python -m credit.config.reference

@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", ROOT / "containers/README.md", *sorted((ROOT / "doc
 
 
 def test_the_site_builds_with_all_links(tmp_path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     pages = {path.name: path.read_text() for path in (tmp_path / "site").glob("*.html")}

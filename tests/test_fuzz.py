@@ -278,14 +278,14 @@ def verbs(parser: argparse.ArgumentParser, above: tuple[str, ...] = ()) -> Itera
 def commands() -> Iterator[tuple[list[str], bool]]:
     """Every option and argument of every verb with every odd value; and whether it is a number that must be refused."""
     needed = {"config": str(QUICKSTART), "path": "made", "source": "s.zarr", "paths": "s.zarr", "site": "derecho"}
-    needed |= {"--site": "derecho", "--grid": "7x8"}
+    needed |= {"--site": "derecho", "--grid": "7x8", "theirs": "foreign.yml", "shell": "bash"}
     for verb, parser in verbs(cli.parser()):
         takes = [action for action in parser._actions if action.nargs != 0]
         for action in takes:
             others = [one for one in takes if one is not action and one.required]
             words = [w for one in others for w in (*one.option_strings[:1], needed[(*one.option_strings, one.dest)[0]])]
             safe = {"submit": ["--dry-run"], "train": ["--dry-run"], "demo": ["--states", "2"]}.get(verb[-1], [])
-            number = action.type not in (None, file)
+            number = action.type not in (None, file) and action.dest != "set"  # which the config refuses
             for value in ODD_NUMBERS if number else ODD_WORDS:
                 if (action.type is positive and value == "1.5") or (action.dest == "seed" and value == "1000000001"):
                     continue  # which these take: a seed counts nothing
