@@ -248,34 +248,50 @@ def test_slices_give_the_bits_of_processes(worlds) -> None:
 # Memory
 
 
-def test_eight_slices_of_a_unet_take_less_than_a_third_of_its_memory() -> None:
-    """At 361 x 720, parameters and input included: 0.23; without them 0.16."""
-    torch.manual_seed(0)
-    model, x = UNet(20, 20, (361, 720)), torch.randn(1, 20, 361, 720)
+@pytest.mark.parametrize("is_training", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_eight_slices_of_a_unet_take_less_than_a_third_of_its_memory(is_training: bool) -> None:
+    """At 361 x 720, parameters and input included: 0.23, and 0.05 in training. Counted on tensors without values."""
+    with torch.device("meta"):
+        model, x = UNet(20, 20, (361, 720)), torch.empty(1, 20, 361, 720)
     meter = Meter()
     meter.ignore([*model.parameters(), x])
     kept = sum(t.nbytes for t in (x, *model.parameters()))
-    with torch.no_grad():
+
+    def step() -> None:
+        y = model(x)
+        if is_training:
+            y.square().mean().backward()
+            model.zero_grad()
+
+    with torch.set_grad_enabled(is_training):
         with meter:
-            model(x)
+            step()
         with slices(model, 8) as parking:
-            model(x)
+            step()
     assert (kept + parking.peak) / (kept + meter.peak) < 0.30
+
+
+def test_what_is_counted_without_values_is_what_is_there() -> None:
+    torch.manual_seed(0)
+    model, x = UNet(4, 4, (45, 96)), torch.randn(1, 4, 45, 96)
+    peaks = []
+    for kind in ("cpu", "meta"):
+        with slices(model.to(kind), 3) as parking:
+            y = model(x.to(kind))
+            y.square().mean().backward()
+        model.zero_grad()
+        peaks.append((parking.peak, parking.peak_parked, parking.moved))
+    assert peaks[0] == peaks[1]
 
 
 def test_what_is_saved_for_a_backward_rests_elsewhere() -> None:
     torch.manual_seed(0)
-    model, x = UNet(4, 4, (90, 180)), torch.randn(1, 4, 90, 180)
-    meter = Meter()
-    meter.ignore([*model.parameters(), x])
-    with meter:
-        model(x).square().mean().backward()
-    model.zero_grad()
-    with slices(model, 8, parking=Checked()) as parking:
+    model, x = Stem(), torch.randn(2, 3, 19, 16)
+    with slices(model, 4, parking=Checked()) as parking:
         y = model(x)
-        assert parking.now < 1.1 * y.nbytes
-        y.square().mean().backward()
-    assert parking.peak < 0.40 * meter.peak
+        assert parking.now == y.nbytes
+        assert parking.parked > 4 * y.nbytes
+        y.sum().backward()
 
 
 class Addresses(nn.Module):
