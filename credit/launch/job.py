@@ -33,8 +33,7 @@ from credit.launch.ranks import LEFT_OVER, Ranks, gpus_of_job, number_of
 from credit.launch.rendezvous import NotMetError, join, start_deadline
 from credit.layout import MeshShape, Seat, joined_mesh_shape, mesh_coords
 from credit.parallel.collectives import gather_objects, together
-from credit.parallel.fsdp2 import gradient_mesh
-from credit.parallel.mesh import build_device_mesh
+from credit.parallel.mesh import build_device_mesh, gradient_mesh
 from credit.status import claimed
 
 SEEN_S = 30.0
@@ -128,7 +127,8 @@ def start_job(load: Callable[[], Config]) -> Iterator[Job]:
         shape = checked_mesh_shape(config, ranks.world_size)
     with naming_lost_peers(ranks.rank, seats, shape, config.trainer.timeout):
         with _new_groups_bounded_by(timeout):
-            mesh, _ = build_device_mesh(config.trainer.parallelism.model_dump(), device.type)
+            parallelism = config.trainer.parallelism.model_dump()
+            mesh, _ = build_device_mesh(parallelism, device.type, config.trainer.timeout)
             flat = gradient_mesh(mesh)
         manager = DomainParallelManager.from_mesh(mesh)
         coords, mine = mesh_coords(shape, ranks.rank), ahead[ranks.rank]

@@ -30,18 +30,6 @@ SHAPES_A_BLOCK = 8
 """That are compiled: of training, validation and their last batches."""
 
 
-def gradient_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
-    """The 1-D mesh of the ranks that see different rows or samples: dp x domain, flattened.
-
-    Averaging over it makes every gradient the one of the global mean loss, if each rank's loss is its share of
-    the mean times the number of these ranks.
-    """
-    names = tuple(name for name in ("dp", "domain") if mesh is not None and name in (mesh.mesh_dim_names or ()))
-    if mesh is None or not names:
-        return None
-    return mesh[names[0]] if len(names) == 1 else mesh[names]._flatten("dp_domain")
-
-
 def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf) -> nn.Module:
     """Shard parameters, gradients and optimiser states over `dp_mesh`: blocks first, then the rest. In place.
 

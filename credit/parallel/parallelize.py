@@ -22,9 +22,9 @@ from credit.parallel.fsdp2 import (
     apply_fsdp2,
     compile_blocks,
     fsdp_blocks,
-    gradient_mesh,
     recompute_activations,
 )
+from credit.parallel.mesh import gradient_mesh
 from credit.parallel.tensor_parallel import apply_tensor_parallel
 
 

@@ -17,8 +17,8 @@ from credit.models.transformer import ConvMLP, WindowTransformer
 from credit.parallel import get_domain_manager, get_raw_model, shard_spatial
 from credit.parallel.collectives import all_sum, clip_grad_norm_
 from credit.parallel.ema import EMA
-from credit.parallel.fsdp2 import gradient_mesh, synchronize_gradients
-from credit.parallel.mesh import build_device_mesh, data_parallel_coords
+from credit.parallel.fsdp2 import synchronize_gradients
+from credit.parallel.mesh import build_device_mesh, data_parallel_coords, gradient_mesh
 from credit.parallel.parallelize import parallelize, reduce_gradients
 from credit.parallel.pieces import in_pieces, whole
 
