@@ -24,10 +24,11 @@ from credit.parallel.mesh import (
     gradient_mesh,
     parse_parallelism_conf,
 )
-from credit.parallel.parallelize import parallelize, reduce_gradients
+from credit.parallel.parallelize import Gradients, parallelize, reduce_gradients
 from credit.parallel.tensor_parallel import TensorParallelError, apply_tensor_parallel
 
 __all__ = [
+    "Gradients",
     "TensorParallelError",
     "apply_ddp",
     "apply_domain_parallel",

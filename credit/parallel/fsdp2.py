@@ -37,14 +37,14 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf) -> nn.
         model: the model, already cut by channel and converted for domain parallelism.
         dp_mesh: 1-D; a 2-D mesh would mean hybrid sharding to FSDP2, so flatten dp x domain first
             (`gradient_mesh`). None shards over all ranks.
-        conf: the whole config, or `Sharding`. Of `trainer`: `amp: bf16` computes in bfloat16 and reduces in float32;
-            `activation_checkpointing` keeps the inputs of blocks alone and runs them again in the backward;
+        conf: the whole config, or `Sharding`. Of `trainer`: `precision: bf16` computes in bfloat16 and reduces in
+            float32; `activation_checkpointing` keeps the inputs of blocks alone and runs them again in the backward;
             `reshard_after_forward: false` keeps the gathered parameters for the backward, for less traffic and
             more memory; `prefetch: n` gathers the parameters of the next n blocks while one computes.
     """
     sharding = Sharding.of(conf)
     bf16: dict[str, Any] = {}
-    if sharding.amp == "bf16":
+    if sharding.precision == "bf16":
         bf16 = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     blocks = fsdp_blocks(model)
     if sharding.activation_checkpointing:

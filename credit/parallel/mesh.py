@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from math import prod
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from credit.config.parallelism import Conf
+from credit.domain_parallel.torch_private import group_timeout
 from credit.domain_parallel.warm import MEETING_S, warm
 from credit.errors import LaunchError
 from credit.layout import MeshShape, dp_world_size, joined_mesh_shape, mesh_coords, mesh_shape, parse_parallelism_conf
@@ -26,6 +29,7 @@ __all__ = [
     "parse_parallelism_conf",
 ]
 
+_apart: WeakKeyDictionary[DeviceMesh, dict[tuple[str, ...], dist.ProcessGroup]] = WeakKeyDictionary()
 logger = logging.getLogger(__name__)
 __getattr__ = refused(__name__)
 
@@ -59,16 +63,39 @@ def build_device_mesh(
     return mesh, {name: mesh[name] for name in sizes}
 
 
+def gradient_axes(mesh: DeviceMesh | None) -> tuple[str, ...]:
+    """The axes of a mesh along which ranks see different rows or samples."""
+    return tuple(name for name in ("dp", "domain") if mesh is not None and name in (mesh.mesh_dim_names or ()))
+
+
 def gradient_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
     """The 1-D mesh of the ranks that see different rows or samples: dp x domain, flattened.
 
     Averaging over it makes every gradient the one of the global mean loss, if each rank's loss is its share of
     the mean times the number of these ranks.
     """
-    names = tuple(name for name in ("dp", "domain") if mesh is not None and name in (mesh.mesh_dim_names or ()))
+    names = gradient_axes(mesh)
     if mesh is None or not names:
         return None
     return mesh[names[0]] if len(names) == 1 else mesh[names]._flatten("dp_domain")
+
+
+def group_apart(mesh: DeviceMesh, names: tuple[str, ...]) -> dist.ProcessGroup:
+    """A group along axes of the mesh for messages that may overtake others. Called by all ranks; made once a mesh."""
+    known = _apart.setdefault(mesh, {})
+    if names not in known:
+        axes = [(mesh.mesh_dim_names or ()).index(name) for name in names]
+        ranks = (
+            mesh.mesh.movedim(axes, [*range(-len(axes), 0)])
+            .flatten(-len(axes))
+            .reshape(-1, prod(mesh.shape[axis] for axis in axes))
+        )
+        timeout = group_timeout(mesh.get_group(names[0]), mesh.device_type)
+        group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
+        with together("meeting on the devices"):
+            _refuse(warm("apart " + " ".join(names), group, mesh.device_type, timeout.total_seconds()))
+        known[names] = group
+    return known[names]
 
 
 def _meet(mesh: DeviceMesh, timeout: float) -> None:
