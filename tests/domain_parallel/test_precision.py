@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from credit.config.models import MODELS
 from credit.domain_parallel import convert_to_domain_parallel, get_domain_parallel_manager, shard_tensor
 from credit.domain_parallel.thread_ranks import thread_ranks
-from credit.models import DOMAIN_CONVERTERS, MODELS
+from credit.models import DOMAIN_CONVERTERS, load_model_class
 from tests.training.test_host_waits import SMALL
 
 RANKS, FACTOR, ROUNDING = 3, 1.5, 1e-6
@@ -90,7 +91,7 @@ def model_of(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     if name in OPERATORS:
         return OPERATORS[name](), torch.randn(2, 4, 19, 16)
-    channels, model = CHANNELS.get(name, (5, 3)), MODELS[name]
+    channels, model = CHANNELS.get(name, (5, 3)), load_model_class(MODELS[name].path)
     made = model(*channels, (19, 16), **SMALL[name])
     for parameter in made.parameters():  # none is zero, so that every gradient counts
         if not parameter.count_nonzero():
