@@ -34,17 +34,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from credit.config.parallelism import Sharding
 from credit.domain_parallel import DomainParallelManager
 from credit.models import DOMAIN_CONVERTERS
 from credit.models.transformer import WindowTransformer
 from credit.parallel.collectives import clip_grad_norm_, gather_objects, local
-from credit.parallel.fsdp2 import synchronize_gradients
 from credit.parallel.mesh import MeshShape, build_device_mesh
 from credit.parallel.meters import Wire
-from credit.parallel.parallelize import parallelize, reduce_gradients
+from credit.parallel.parallelize import Gradients, parallelize
 from credit.parallel.plan import Planner, Work
 from credit.parallel.tensor_parallel import cut_layers
 
@@ -55,10 +53,10 @@ def build(rows: int = FIELD[1]) -> nn.Module:
     return WindowTransformer(FIELD[0], FIELD[0], (rows, FIELD[2]), width=WIDTH, depth=DEPTH, heads=8, window=4)
 
 
-def step(model: nn.Module, optimizer: Any, mesh: DeviceMesh | None, given: dict, x: Tensor) -> None:
-    with synchronize_gradients(model, last=True):
+def step(model: nn.Module, optimizer: Any, gradients: Gradients, x: Tensor) -> None:
+    with gradients.adding_up(last=True):
         (model(x) - x).square().mean().backward()
-    reduce_gradients(model, mesh, given)
+    gradients.reduce()
     clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -71,12 +69,13 @@ def row(shape: MeshShape, data: str) -> None:
     manager = DomainParallelManager.from_mesh(mesh)
     torch.manual_seed(0)
     model = parallelize(build(), mesh, given, manager, DOMAIN_CONVERTERS)
+    gradients = Gradients(model, mesh, given)
     optimizer = torch.optim.AdamW(model.parameters())
     x = torch.randn(BATCH // shape.dp, FIELD[0], FIELD[1] // shape.domain, FIELD[2])
     for _ in range(2):  # DDP lays its buckets out anew after the first step
-        step(model, optimizer, mesh, given, x)
+        step(model, optimizer, gradients, x)
     with Wire() as wire:
-        step(model, optimizer, mesh, given, x)
+        step(model, optimizer, gradients, x)
     kept = sum(local(p).nbytes for p in model.parameters())
     kept += sum(local(t).nbytes for s in optimizer.state.values() for name, t in s.items() if name != "step")
     seen = max(gather_objects((kept, wire.bytes, wire.calls)))
@@ -134,7 +133,7 @@ def overhead(rank: int, ranks: int, store: str, repeats: int) -> None:
         if data not in ("plain", "plain again"):
             model = parallelize(model, mesh, given, None, DOMAIN_CONVERTERS)
         optimizer = torch.optim.AdamW(model.parameters())
-        ours = partial(step, model, optimizer, mesh, given, x)
+        ours = partial(step, model, optimizer, Gradients(model, mesh, given), x)
         runs[data] = partial(plain_step, model, optimizer) if data.startswith("plain") else ours
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):

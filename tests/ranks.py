@@ -8,6 +8,7 @@ in time has the whole world killed.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing as mp
 import os
 import pickle
@@ -43,8 +44,8 @@ class RankError(AssertionError):
 
 
 class World:
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, backend: str = "gloo") -> None:
+        self.size, self._backend = size, backend
         self._start()
 
     def _start(self) -> None:
@@ -52,7 +53,9 @@ class World:
         self._pipes, self._processes = [], []
         for rank in range(self.size):
             ours, theirs = _context.Pipe()
-            process = _context.Process(target=_serve, args=(rank, self.size, self._store.name, theirs), daemon=True)
+            process = _context.Process(
+                target=_serve, args=(rank, self.size, self._store.name, self._backend, theirs), daemon=True
+            )
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -114,7 +117,7 @@ def _threads(pid: int | None) -> int:
         return 0
 
 
-def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
+def _serve(rank: int, size: int, store: str, backend: str, pipe: Any) -> None:
     # The server that forks ranks may be the one that loaders' workers are forked from, which is deaf to some signals.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     import torch
@@ -123,7 +126,9 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     timeout = timedelta(seconds=RANK_TIMEOUT_S)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
+    if backend != "gloo":
+        importlib.import_module(f"tests.{backend}")
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
     while True:
         try:
             function, args, kwargs = pickle.loads(pipe.recv_bytes())

@@ -70,7 +70,7 @@ def test_a_shipped_config_fits_the_schema(name: str) -> None:
         ("trainer.init_from", "w.safetensors", True),
         ("trainer.init_from", {"path": "w.pt", "only": ["encoder.*"]}, True),
         ("trainer.loss", {"kind": "huber", "delta": 2}, True),
-        ("trainer.amp", "fp16", False),
+        ("trainer.precision", "fp16", False),
         ("model", {"name": "my_package.MyModel", "anything": 3}, True),
         ("model", {"name": "unet", "widht": 3}, False),
         ("model", {"name": "nothing"}, False),

@@ -15,8 +15,8 @@ from credit.training.slicing import HEADROOM, planner_of, sliced_costs
 GB, MB = 1e9, 1e6
 INSIDE_BYTES_PER_S, ACROSS_BYTES_PER_S = 200e9, 25e9
 """Assumed of a device's links: NVLink 3 (A100, 300 GB/s a direction, two thirds of it), one 200 Gbit/s network port."""
-FLOPS_PER_S = {"bf16": 100e12, "none": 10e12}
-"""Assumed of a device, by `trainer.amp`: a third of what an A100 multiplies in bfloat16, half of it in float32."""
+FLOPS_PER_S = {"bf16": 100e12, "tf32": 50e12, "ieee": 10e12}
+"""Assumed of a device, by `trainer.precision`: a third of what an A100 multiplies in bfloat16 and TF32, half else."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def plan(config: Config, gpus: int, gpu_memory: float, gpus_per_node: int) -> st
         except (*USER_ERRORS, ValueError) as error:
             refused[shape] = str(error).splitlines()[0]
             continue
-        layouts.append(Layout(shape, cost, *_by_link(shape, cost, gpus_per_node), FLOPS_PER_S[config.trainer.amp]))
+        layouts.append(
+            Layout(shape, cost, *_by_link(shape, cost, gpus_per_node), FLOPS_PER_S[config.trainer.precision])
+        )
     if not layouts:
         raise ConfigError(f"{gpus} ranks make no mesh for this config; {'; '.join(_refusals(refused)[:4])}")
     layouts.sort(key=lambda layout: (not _fits(layout, gpu_memory), layout.computing_s + layout.sending_s))
@@ -173,7 +175,7 @@ def _recommendation(layouts: list[Layout], gpu_memory: float) -> str:
         return (
             f"None fits into {HEADROOM:.0%} of {gpu_memory:g} GB; {_named(least.shape)} needs least, "
             f"{least.cost.memory / GB:.3f} GB: use more devices, trainer.activation_checkpointing, trainer.accumulate, "
-            f"trainer.amp: bf16 or trainer.parallelism.data: fsdp2"
+            f"trainer.precision: bf16 or trainer.parallelism.data: fsdp2"
         )
     shape = best.shape
     return (

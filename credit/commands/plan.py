@@ -13,7 +13,7 @@ EXAMPLES = """examples:
   credit plan configs/quickstart.yaml --gpus 8 --gpu-memory 40
   credit plan my.yaml --site frontier --nodes 16
   credit plan my.yaml --slices --gpu-memory 24
-  credit plan my.yaml --gpus 256 --gpu-memory 80 --gpus-per-node 8 --set trainer.amp=bf16
+  credit plan my.yaml --gpus 256 --gpu-memory 80 --gpus-per-node 8 --set trainer.precision=bf16
 """
 
 

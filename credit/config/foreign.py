@@ -72,7 +72,7 @@ def _levels(value: Any) -> list[Any]:
 
 
 def _amp(value: Any) -> str:
-    return "bf16" if value else "none"
+    return "bf16" if value else "ieee"
 
 
 def _mode(value: Any) -> str:
@@ -214,8 +214,8 @@ FOREIGN: dict[str, Foreign] = {
     "trainer.use_ema": Foreign("trainer.ema", "the decay; leave it out for none"),
     "trainer.ema_decay": Foreign("trainer.ema"),
     "trainer.grad_max_norm": Foreign("trainer.clip", "", _clip),
-    "trainer.amp": Foreign("trainer.amp", "bf16 or none", _amp),
-    "trainer.mixed_precision": Foreign("trainer.amp", "bf16 or none", _amp),
+    "trainer.amp": Foreign("trainer.precision", "bf16 or ieee", _amp),
+    "trainer.mixed_precision": Foreign("trainer.precision", "bf16 or ieee", _amp),
     "trainer.activation_checkpoint": Foreign("trainer.activation_checkpointing", "", bool),
     "trainer.thread_workers": Foreign("data.workers"),
     "trainer.prefetch_factor": Foreign("data.prefetch"),

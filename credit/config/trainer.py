@@ -94,6 +94,9 @@ class Trainer(Sharding):
     """Largest norm of the gradient of one step."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose gradient is not finite: stop before the weights are touched, or go on without it."""
+    deterministic: Flag = False
+    """Only kernels that give the same bits each time; some are slower, and what has none is an error. A CPU has no
+    others."""
     seed: Annotated[Seed, OF_THE_RUN] = 0
     """Of initial weights, the order of samples, dropout and noise."""
     loss: Annotated[Loss, OF_THE_RUN] = Loss()

@@ -77,9 +77,9 @@ class Config(Block):
             raise ValueError("trainer.loss.spectral: waves are those around the globe, and data.grid is region")
         if self.data.is_region and any(one.name == "conserve" for one in self.constraints):
             raise ValueError("constraints: conserve is of the globe; what a region holds flows in and out of it")
-        if self.constraints and self.trainer.amp == "bf16":
+        if self.constraints and self.trainer.precision == "bf16":
             raise ValueError(
-                "constraints hold within the rounding of a state, and trainer.amp: bf16 rounds it to 3 digits"
+                "constraints hold within the rounding of a state, and trainer.precision: bf16 rounds it to 3 digits"
             )
         for name, given, known in (
             ("variables", loss.variables, self.data.predicted),

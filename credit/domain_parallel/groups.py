@@ -164,9 +164,7 @@ class ProcessRanks(RankGroup):
 
     @property
     def message_device(self) -> torch.device:
-        if "gloo" in str(dist.get_backend_config(self.process_group)):
-            return torch.device("cpu")
-        return torch.device(device_type(), torch.accelerator.current_device_index())
+        return message_device(self.process_group)
 
     def _all_reduce(self, values: Tensor, reduction: Reduction) -> Tensor:
         total = values.detach().clone(memory_format=torch.contiguous_format)
@@ -219,6 +217,13 @@ class Alone(CountingRanks):
 
     def __init__(self) -> None:
         super().__init__(0, 1)
+
+
+def message_device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where small messages of a group live: the CPU if the group can do that, so that no device is waited for."""
+    if group is None or "gloo" in str(dist.get_backend_config(group)):
+        return torch.device("cpu")
+    return torch.device(device_type(), torch.accelerator.current_device_index())
 
 
 def device_type() -> str:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from credit.domain_parallel.groups import Alone, ProcessRanks, RankGroup, Traffic, device_type
+from credit.domain_parallel.warm import warm
 
 _manager: DomainParallelManager | None = None
 _thread = threading.local()
@@ -35,6 +36,7 @@ class DomainParallelManager:
     Raises:
         ValueError: if `world_size` is not a multiple of `domain_parallel_size`.
         RuntimeError: if several ranks are asked for and torch.distributed is not initialised.
+        DomainParallelError: if the ranks of a group do not meet on their devices.
     """
 
     def __init__(self, world_size: int, domain_parallel_size: int, shard_dim: int = -2) -> None:
@@ -51,6 +53,10 @@ class DomainParallelManager:
                 )
             shape = (world_size // domain_parallel_size, domain_parallel_size)
             mesh = init_device_mesh(device_type(), shape, mesh_dim_names=("dp", "domain"))
+            for name in ("dp", "domain"):
+                problem = warm(name, mesh.get_group(name), mesh.device_type)
+                if problem is not None:
+                    raise DomainParallelError(problem)
         self._bind(mesh, world_size, domain_parallel_size, shard_dim)
 
     @classmethod

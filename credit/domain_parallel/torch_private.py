@@ -39,6 +39,7 @@ __all__ = [
     "foreach_lerp_",
     "foreach_mul_",
     "foreach_norm",
+    "group_timeout",
     "inside_backward",
     "is_faked",
     "make_wrapper_subclass",
@@ -123,7 +124,12 @@ def default_store() -> dist.Store:
 
 def default_timeout() -> timedelta:
     """That of the default process group."""
-    return dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
+    return group_timeout(dist.distributed_c10d._get_default_group(), "cpu")
+
+
+def group_timeout(group: dist.ProcessGroup, device: str) -> timedelta:
+    """That of a process group, for tensors on devices of this type."""
+    return group._get_backend(torch.device(device)).options._timeout
 
 
 def bound_default_group(timeout: timedelta) -> None:

@@ -7,11 +7,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -29,12 +30,12 @@ from credit.domain_parallel.torch_private import bound_default_group
 from credit.errors import LaunchError
 from credit.launch import network
 from credit.launch.failure import naming_lost_peers
-from credit.launch.ranks import LEFT_OVER, Ranks, gpus_of_job, number_of
+from credit.launch.precision import computing_as
+from credit.launch.ranks import LEFT_OVER, Ranks, gpus_of_job, hides_gpus, number_of, number_on_node
 from credit.launch.rendezvous import NotMetError, join, start_deadline
 from credit.layout import MeshShape, Seat, joined_mesh_shape, mesh_coords
 from credit.parallel.collectives import gather_objects, together
-from credit.parallel.fsdp2 import gradient_mesh
-from credit.parallel.mesh import build_device_mesh
+from credit.parallel.mesh import build_device_mesh, gradient_mesh
 from credit.status import claimed
 
 SEEN_S = 30.0
@@ -126,9 +127,10 @@ def start_job(load: Callable[[], Config]) -> Iterator[Job]:
     ahead = _clocks(seats)
     with together("building the mesh"):
         shape = checked_mesh_shape(config, ranks.world_size)
-    with naming_lost_peers(ranks.rank, seats, shape, config.trainer.timeout):
+    with naming_lost_peers(ranks.rank, seats, shape, config.trainer.timeout), computing_as(config.trainer):
         with _new_groups_bounded_by(timeout):
-            mesh, _ = build_device_mesh(config.trainer.parallelism.model_dump(), device.type)
+            parallelism = config.trainer.parallelism.model_dump()
+            mesh, _ = build_device_mesh(parallelism, device.type, config.trainer.timeout)
             flat = gradient_mesh(mesh)
         manager = DomainParallelManager.from_mesh(mesh)
         coords, mine = mesh_coords(shape, ranks.rank), ahead[ranks.rank]
@@ -258,12 +260,12 @@ def checked_mesh_shape(config: Config, world_size: int) -> MeshShape:
 
 
 def choose_device(local_rank: int) -> torch.device:
-    """This rank's device: the only visible one, or that of its number on the node; the CPU where there is none.
+    """This rank's device: the only visible one, or that of its number on the node; the CPU where none is to be seen.
 
     Raises:
         LaunchError: if the node has fewer devices than ranks, or the job has GPUs that torch cannot see.
     """
-    if not torch.cuda.is_available():
+    if hides_gpus() or not torch.cuda.is_available():
         found = gpus_of_job()
         if found and (torch.version.cuda or torch.version.hip):
             raise LaunchError(
@@ -284,14 +286,30 @@ def choose_device(local_rank: int) -> torch.device:
 
 def _agree(config: Config, device: torch.device) -> list[Seat]:
     """Every rank must run the same thing, on a device of its own; where they all are."""
-    name = "cpu" if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
+    name = "cpu" if device.type == "cpu" else gpu_name(torch.cuda.get_device_properties(device), device.index)
     seat = Seat(socket.gethostname(), name)
     facts = {"config": config.digest, "credit": credit.__version__, "torch": torch.__version__}
     everyone = gather_objects((seat, facts))
     seats = [one for one, _ in everyone]
     refuse_differences(seats, [facts for _, facts in everyone])
     refuse_shared_devices(seats)
-    return [Seat(host, "cpu" if uuid == "cpu" else f"gpu {uuid[:8]}") for host, uuid in seats]
+    return [Seat(host, "cpu" if name == "cpu" else f"gpu {name[:12]}") for host, name in seats]
+
+
+def gpu_name(properties: Any, seen: int, env: Mapping[str, str] = os.environ) -> str:
+    """What tells a GPU, or a part of one, from the others of its node, in whatever process.
+
+    Args:
+        properties: as torch has them. The uuid of a virtual one may be all zero, and parts of one GPU may share it.
+        seen: its number in this process.
+    """
+    place = number_on_node(seen, env)
+    if place.startswith("MIG-"):
+        return place
+    if {*str(properties.uuid)} - {*"0-"}:
+        return str(properties.uuid)
+    bus = [getattr(properties, f"pci_{part}_id", 0) for part in ("domain", "bus", "device")]
+    return "{:x}:{:02x}:{:02x}".format(*bus) if any(bus) else f"number {place}"
 
 
 def _clocks(seats: Sequence[Seat]) -> list[float]:

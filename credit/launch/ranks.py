@@ -17,6 +17,8 @@ from pathlib import Path
 from credit.errors import LaunchError
 
 LEFT_OVER = "start the ranks with the launcher itself, or unset what is left of it, or set CREDIT_LAUNCHER=single"
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+"""By which a process is shown some of its node's GPUs."""
 LAUNCHERS = ("torchrun", "mpi", "slurm", "pals", "submitit", "single")
 
 
@@ -108,9 +110,28 @@ def choose(env: Mapping[str, str] = os.environ) -> Claim:
     return chosen
 
 
+def hides_gpus(env: Mapping[str, str] = os.environ) -> bool:
+    """True if this process was told to leave GPUs alone. HIP shows them all the same if the variable is empty."""
+    return any(env.get(variable) in ("", "-1") for variable in VISIBLE)
+
+
+def number_on_node(seen: int, env: Mapping[str, str] = os.environ) -> str:
+    """The number, or the name, of the GPU that this process sees as number `seen`, among all of its node.
+
+    ROCr hides devices from HIP, and HIP, which knows CUDA's variable too, some of those that are left.
+    """
+    hip = "HIP_VISIBLE_DEVICES" if "HIP_VISIBLE_DEVICES" in env else "CUDA_VISIBLE_DEVICES"
+    place = str(seen)
+    for variable in (hip, "ROCR_VISIBLE_DEVICES"):
+        listed = [one.strip() for one in env.get(variable, "").split(",") if one.strip()]
+        if place.isdecimal() and int(place) < len(listed):
+            place = listed[int(place)]
+    return place
+
+
 def gpus_of_job(env: Mapping[str, str] = os.environ) -> str | None:
     """In words, the GPUs that the scheduler gave to this process; None if it says nothing of any."""
-    for variable in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+    for variable in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", *VISIBLE):
         if env.get(variable, "") not in ("", "-1", "NoDevFiles"):
             return f"the job has GPUs ({variable}={env[variable]})"
     return None

@@ -16,12 +16,19 @@ from credit.parallel.domain import (
     shard_spatial,
     unpad_shard_interp,
 )
-from credit.parallel.fsdp2 import apply_ddp, apply_fsdp2, gradient_mesh
-from credit.parallel.mesh import build_device_mesh, data_parallel_coords, dp_world_size, parse_parallelism_conf
-from credit.parallel.parallelize import parallelize, reduce_gradients
+from credit.parallel.fsdp2 import apply_ddp, apply_fsdp2
+from credit.parallel.mesh import (
+    build_device_mesh,
+    data_parallel_coords,
+    dp_world_size,
+    gradient_mesh,
+    parse_parallelism_conf,
+)
+from credit.parallel.parallelize import Gradients, parallelize, reduce_gradients
 from credit.parallel.tensor_parallel import TensorParallelError, apply_tensor_parallel
 
 __all__ = [
+    "Gradients",
     "TensorParallelError",
     "apply_ddp",
     "apply_domain_parallel",

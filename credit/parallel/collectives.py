@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from math import prod
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from credit.boundary import CAUGHT, explained
+from credit.domain_parallel.constants import constants
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager, of_several
 from credit.domain_parallel.partition import PartitionError
 from credit.domain_parallel.torch_private import foreach_mul_, foreach_norm
@@ -95,27 +96,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def allreduce_grads_avg(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None) -> None:
-    """Average gradients over `group`, in place, in buckets of at most 25 MiB of one dtype.
-
-    A DTensor's local shard is averaged: the ranks of `group` must hold the same shard. A parameter without a
-    gradient on this rank counts as zero, so that all ranks reduce the same buckets; one without a gradient on any rank
-    stays without, so that no weight decay falls on what a model does not use.
-    """
-    if group is None:
-        return
-    for bucket in _buckets(parameter for parameter in parameters if parameter.requires_grad):
-        used = torch.tensor([parameter.grad is not None for parameter in bucket]).to(local(bucket[0]))
-        for parameter in bucket:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [local(parameter.grad) for parameter in bucket if parameter.grad is not None]
-        flat = torch.cat([*(grad.reshape(-1) for grad in grads), used])
-        dist.all_reduce(flat, group=group)
-        *means, used = (flat / group.size()).split([*(grad.numel() for grad in grads), len(used)])
-        for parameter, grad, mean, share in zip(bucket, grads, means, used.tolist(), strict=True):
-            grad.copy_(mean.view_as(grad))
-            if share == 0:
-                parameter.grad = None
+    """Average gradients over `group`, in place: `GradientSums`, of which all are started now."""
+    if group is not None:
+        GradientSums(parameters, group).finish()
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -130,6 +113,105 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         size += mine.nbytes
     if bucket:
         yield bucket
+
+
+class GradientSums:
+    """The averages over `group` of the gradients of some parameters, in buckets of at most 25 MiB of one dtype.
+
+    Buckets are started in one order on all ranks, each as soon as its gradients are there. A DTensor's local shard is
+    averaged: the ranks of `group` must hold the same shard. A parameter without a gradient on this rank counts as zero,
+    so that all ranks reduce the same buckets; one without a gradient on any rank stays without, so that no weight decay
+    falls on what a model does not use.
+
+    Args:
+        group: if buckets are to start while a backward runs, no other one's messages: a rank whose bucket is complete
+            later than its peers' has sent some of those before it.
+        order: of the buckets, the same on all ranks; the last parameters first if None.
+
+    Attributes:
+        completed: numbers of the buckets in the order in which their gradients came.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, order: Sequence[int] | None = None
+    ) -> None:
+        self._group = group
+        self._buckets = [*_buckets(parameter for parameter in parameters if parameter.requires_grad)]
+        every = range(len(self._buckets))
+        self._order = order if order is not None and sorted(order) == [*every] else every[::-1]
+        self._missing = [{*map(id, bucket)} for bucket in self._buckets]
+        self._place = {id(parameter): n for n, bucket in enumerate(self._buckets) for parameter in bucket}
+        self._sums: dict[int, tuple[Tensor, Any]] = {}
+        self._unused: list[tuple[nn.Parameter, Tensor]] = []
+        self.completed: list[int] = []
+
+    @property
+    def started(self) -> int:
+        """Buckets under way, or done."""
+        return len(self._sums)
+
+    @contextmanager
+    def as_they_come(self) -> Iterator[None]:
+        """Around a backward: start each bucket with the last of its gradients."""
+        with ExitStack() as stack:
+            for bucket in self._buckets:
+                for parameter in bucket:
+                    stack.callback(parameter.register_post_accumulate_grad_hook(self._came).remove)
+            yield
+
+    def _came(self, parameter: Tensor) -> None:
+        place = self._place[id(parameter)]
+        if place in self._sums:
+            raise CreditError(
+                f"a parameter of shape {tuple(parameter.shape)} got a second gradient in one backward, after the first "
+                f"was sent",
+                "a block that is run again in the backward",
+                "take torch.utils.checkpoint with use_reentrant=False, or trainer.activation_checkpointing",
+            )
+        self._missing[place].discard(id(parameter))
+        if not self._missing[place]:
+            self.completed.append(place)
+        while self.started < len(self._buckets) and not self._missing[self._order[self.started]]:
+            self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        number = self._order[self.started]
+        bucket = self._buckets[number]
+        unused = [n for n, parameter in enumerate(bucket) if parameter.grad is None]
+        for n in unused:
+            bucket[n].grad = torch.zeros_like(bucket[n])
+        grads = [local(parameter.grad) for parameter in bucket if parameter.grad is not None]
+        flags = _flags(len(bucket), tuple(unused), grads[0].dtype, grads[0].device)
+        flat = torch.cat([*(grad.reshape(-1) for grad in grads), flags])
+        *views, used = flat.split([*(grad.numel() for grad in grads), len(bucket)])
+        for grad, view in zip(grads, views, strict=True):
+            grad.data = view.view_as(grad)  # so that there is no second copy in memory, and none to be made at the end
+        self._unused += [(bucket[n], used[n]) for n in unused]
+        self._sums[number] = (flat, dist.all_reduce(flat, group=self._group, async_op=True))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Start the buckets that are not under way, and wait for all: the gradients are averages from here on."""
+        while self.started < len(self._buckets):
+            self._start()
+        for flat, work in self._sums.values():
+            work.wait()
+            flat.div_(self._group.size())
+        for parameter, users in self._unused:  # which alone is worth that the host waits for a device
+            if users == 0:
+                parameter.grad = None
+
+    def agreed_order(self) -> list[int]:
+        """The order in which buckets were complete on the group's first rank, then the rest. For all ranks to call."""
+        first = gather_objects(self.completed, self._group)[0]
+        return [*first, *(number for number in self._order if number not in first)]
+
+
+@constants
+def _flags(number: int, unused: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One for each parameter of a bucket that has a gradient on this rank."""
+    return torch.tensor([n not in unused for n in range(number)]).to(device, dtype)
 
 
 def sync_domain_gradients(model: nn.Module, manager: DomainParallelManager | None) -> None:

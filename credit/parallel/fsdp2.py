@@ -30,18 +30,6 @@ SHAPES_A_BLOCK = 8
 """That are compiled: of training, validation and their last batches."""
 
 
-def gradient_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
-    """The 1-D mesh of the ranks that see different rows or samples: dp x domain, flattened.
-
-    Averaging over it makes every gradient the one of the global mean loss, if each rank's loss is its share of
-    the mean times the number of these ranks.
-    """
-    names = tuple(name for name in ("dp", "domain") if mesh is not None and name in (mesh.mesh_dim_names or ()))
-    if mesh is None or not names:
-        return None
-    return mesh[names[0]] if len(names) == 1 else mesh[names]._flatten("dp_domain")
-
-
 def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf) -> nn.Module:
     """Shard parameters, gradients and optimiser states over `dp_mesh`: blocks first, then the rest. In place.
 
@@ -49,14 +37,14 @@ def apply_fsdp2(model: nn.Module, dp_mesh: DeviceMesh | None, conf: Conf) -> nn.
         model: the model, already cut by channel and converted for domain parallelism.
         dp_mesh: 1-D; a 2-D mesh would mean hybrid sharding to FSDP2, so flatten dp x domain first
             (`gradient_mesh`). None shards over all ranks.
-        conf: the whole config, or `Sharding`. Of `trainer`: `amp: bf16` computes in bfloat16 and reduces in float32;
-            `activation_checkpointing` keeps the inputs of blocks alone and runs them again in the backward;
+        conf: the whole config, or `Sharding`. Of `trainer`: `precision: bf16` computes in bfloat16 and reduces in
+            float32; `activation_checkpointing` keeps the inputs of blocks alone and runs them again in the backward;
             `reshard_after_forward: false` keeps the gathered parameters for the backward, for less traffic and
             more memory; `prefetch: n` gathers the parameters of the next n blocks while one computes.
     """
     sharding = Sharding.of(conf)
     bf16: dict[str, Any] = {}
-    if sharding.amp == "bf16":
+    if sharding.precision == "bf16":
         bf16 = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     blocks = fsdp_blocks(model)
     if sharding.activation_checkpointing:

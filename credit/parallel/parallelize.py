@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from credit.config.parallelism import Conf, Sharding
@@ -16,15 +18,16 @@ from credit.domain_parallel.manager import DomainParallelManager
 from credit.domain_parallel.record import record
 from credit.domain_parallel.torch_private import BatchNorm
 from credit.errors import ConfigError
-from credit.parallel.collectives import allreduce_grads_avg
+from credit.parallel.collectives import GradientSums, allreduce_grads_avg
 from credit.parallel.fsdp2 import (
     apply_ddp,
     apply_fsdp2,
     compile_blocks,
     fsdp_blocks,
-    gradient_mesh,
     recompute_activations,
+    synchronize_gradients,
 )
+from credit.parallel.mesh import gradient_axes, gradient_mesh, group_apart
 from credit.parallel.tensor_parallel import apply_tensor_parallel
 
 
@@ -104,30 +107,96 @@ def reduce_gradients(model: nn.Module, mesh: DeviceMesh | None, conf: Conf) -> N
     """Average the gradients over those of dp x domain that neither FSDP2 nor DDP has averaged them over.
 
     That is the domain group where parameters are sharded over dp alone or `data` is none, and all of dp x domain where
-    DDP would be used but for tensor parallelism, whose DTensors it does not take.
+    DDP would be used but for tensor parallelism, whose DTensors it does not take. `Gradients` does the same while the
+    backward runs.
     """
-    sharding = Sharding.of(conf)
+    _refuse_unused(model)
     averaged = gradient_mesh(mesh)
-    if averaged is None or mesh is None:
+    if mesh is None or averaged is None:
         return
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        _refuse_unused(model)
+    for parameters, axes in _not_averaged(model, mesh, Sharding.of(conf)):
+        over = averaged if axes == gradient_axes(mesh) else mesh[axes[0]]
+        allreduce_grads_avg(parameters, over.get_group())
+
+
+class Gradients:
+    """Of a model on a mesh, averaged as by `reduce_gradients`, most of it while the backward runs.
+
+        for part in parts:
+            with gradients.adding_up(last=part is parts[-1]):
+                loss(part).backward()
+        gradients.reduce()
+
+    Args:
+        model, mesh, conf: as `parallelize` was given them. Called by all ranks: messages that may overtake those of
+            the model have groups of their own.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh | None, conf: Conf) -> None:
+        self._model, self._mesh, self._sharding = model, mesh, Sharding.of(conf)
+        self._orders: dict[tuple[str, ...], list[int]] = {}
+        self._sums = self._new_sums()
+
+    @property
+    def started(self) -> int:
+        """Buckets of gradients that are under way, or reduced, since the last step."""
+        return sum(sums.started for sums in self._sums.values())
+
+    @contextmanager
+    def adding_up(self, last: bool) -> Iterator[None]:
+        """Around the backward of one of several batches whose gradients add up; those of the `last` are reduced."""
+        with synchronize_gradients(self._model, last), ExitStack() as hooks:
+            if last:
+                self._sums = self._new_sums()
+                for sums in self._sums.values():
+                    hooks.enter_context(sums.as_they_come())
+            yield
+
+    def reduce(self) -> None:
+        """Wait for what is under way, and for the rest. Called once a step, after the last backward."""
+        _refuse_unused(self._model)
+        for axes, sums in self._sums.items():
+            sums.finish()
+            if axes not in self._orders:  # FSDP2's come by blocks, say: from the second step on, in the order they come
+                self._orders[axes] = sums.agreed_order()
+
+    def _new_sums(self) -> dict[tuple[str, ...], GradientSums]:
+        mesh = self._mesh
+        if mesh is None:
+            return {}
+        for module in self._model.modules():  # a forward without a backward, in validation, leaves parameters gathered
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        found = _not_averaged(self._model, mesh, self._sharding)
+        return {axes: GradientSums(p, group_apart(mesh, axes), self._orders.get(axes)) for p, axes in found}
+
+
+def _not_averaged(
+    model: nn.Module, mesh: DeviceMesh, sharding: Sharding
+) -> Iterator[tuple[list[nn.Parameter], tuple[str, ...]]]:
+    """Parameters, and the axes of the mesh over which nobody else averages their gradients."""
+    axes, parameters = gradient_axes(mesh), [*model.parameters()]
+    if not axes or isinstance(model, nn.parallel.DistributedDataParallel):
         return
     done = _fsdp_mesh(mesh, sharding) if sharding.parallelism.data == "fsdp2" else None
     if done is None:
-        allreduce_grads_avg(model.parameters(), averaged.get_group())
+        yield parameters, axes
         return
-    if done.size() < averaged.size():
-        allreduce_grads_avg((p for p in model.parameters() if isinstance(p, DTensor)), mesh["domain"].get_group())
-    allreduce_grads_avg((p for p in model.parameters() if not isinstance(p, DTensor)), averaged.get_group())
+    if sharding.shard_over == "dp" and "domain" in axes:
+        yield [p for p in parameters if isinstance(p, DTensor)], ("domain",)
+    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    if whole:
+        yield whole, axes
 
 
-def _refuse_unused(model: nn.parallel.DistributedDataParallel) -> None:
+def _refuse_unused(model: nn.Module) -> None:
     """DDP waits for the gradient of every parameter, and says so at the next step only.
 
     Raises:
         ConfigError: naming the parameters of which this step made no gradient, the same on all ranks.
     """
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return
     named = ((name, p) for name, p in model.module.named_parameters() if name not in model.parameters_to_ignore)
     unused = [name for name, p in named if p.requires_grad and p.grad is None]
     if unused:

@@ -181,7 +181,7 @@ class Planner:
         samples, rest = divmod(work.samples, replicas * sharding.accumulate)
         if rest:
             raise ConfigError(f"batch_size {work.samples} does not divide by dp x accumulate {sharding.accumulate}")
-        dtype = torch.bfloat16 if sharding.amp == "bf16" else getattr(torch, sharding.dtype)
+        dtype = torch.bfloat16 if sharding.precision == "bf16" else getattr(torch, sharding.dtype)
         channels, latitudes, longitudes = self.field
         with torch.device("meta"):
             model = self.build(latitudes)
@@ -204,7 +204,7 @@ class Planner:
     def _simulate(self, tp: int, domain: int, samples: int, sharded: bool) -> _Simulated:
         """One forward and backward of a rank, on tensors without values."""
         sharding, work = self.sharding, self.work
-        dtype = torch.bfloat16 if sharding.amp == "bf16" else getattr(torch, sharding.dtype)
+        dtype = torch.bfloat16 if sharding.precision == "bf16" else getattr(torch, sharding.dtype)
         channels, latitudes, longitudes = self.field
         rows = -(-latitudes // domain)
         channels_of = ChannelGroup(CountingRanks(0, tp))
@@ -274,7 +274,7 @@ class _Weights:
     def __init__(self, model: nn.Module, blocks: list[nn.Module], sharding: Sharding) -> None:
         stored = torch.empty((), dtype=getattr(torch, sharding.dtype)).itemsize
         self.again = sharding.reshard_after_forward
-        self.computed = 2 if sharding.amp == "bf16" else stored
+        self.computed = 2 if sharding.precision == "bf16" else stored
         counted: set[nn.Parameter] = set()
         numbers = []
         for group in [*reversed(blocks), model]:

@@ -6,9 +6,11 @@ import time
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from credit.boundary import CAUGHT
+from credit.domain_parallel.groups import message_device
 from credit.parallel.collectives import all_sum, share_failure
 from credit.stop import StopRequest
 
@@ -20,24 +22,23 @@ class AgreedBatches:
     """The batches; if reading one fails on any rank, all ranks stop with what it said.
 
     If any rank has a stop request, the last that comes is None, on every rank at the same step. What ranks have to say
-    of the next batch goes with the loss of the one before, in the one small message that a step needs anyway; without
-    it, peers would wait for a failing rank until their timeout.
+    of the next batch they say in one small message, between hosts where their group can do that, so that no device is
+    waited for; without it, peers would wait for a failing rank until their timeout.
 
         for batch in batches:
-            loss = batches.total(share_of_loss(batch))      # once for each batch
+            ...
+            batches.agree()      # once for each batch, after its work was given to the device
 
     Attributes:
         waited: seconds that the rank which waited longest has waited for the batch that comes next.
     """
 
-    def __init__(
-        self, batches: Iterable[dict[str, Tensor]], device: torch.device, request: StopRequest | None = None
-    ) -> None:
-        self._batches, self._device, self._request = iter(batches), device, request
+    def __init__(self, batches: Iterable[dict[str, Tensor]], request: StopRequest | None = None) -> None:
+        self._batches, self._request = iter(batches), request
         self.waited = 0.0
 
     def __iter__(self) -> Iterator[dict[str, Tensor] | None]:
-        self.total(torch.zeros((), dtype=torch.float64, device=self._device))
+        self.agree()
         while True:
             if self._failed:
                 share_failure(self._error, "reading a batch")
@@ -48,8 +49,8 @@ class AgreedBatches:
                 return
             yield self._batch
 
-    def total(self, share: Tensor) -> float:
-        """The sum over all ranks of `share`, a float64 number on the device; and what all say of the next batch."""
+    def agree(self) -> None:
+        """Get the next batch, and hear what all ranks say of theirs."""
         self._batch: dict[str, Tensor] | None = None
         self._error: BaseException | None = None
         begin = time.perf_counter()
@@ -58,6 +59,6 @@ class AgreedBatches:
         except CAUGHT as caught:
             self._error = caught
         told = [self._error is not None, bool(self._request), (time.perf_counter() - begin) ** NORM]
-        total, failed, stop, waited = all_sum(torch.cat([share.reshape(1), share.new_tensor(told)])).tolist()
+        numbers = torch.tensor(told, dtype=torch.float64, device=message_device(dist.group.WORLD))
+        failed, stop, waited = all_sum(numbers).tolist()
         self._failed, self._stop, self.waited = failed > 0, stop > 0, waited ** (1 / NORM)
-        return total

@@ -10,7 +10,7 @@ from credit.data.grid import Grid
 from credit.data.statistics import Statistics
 from credit.errors import CheckpointError
 
-OF_TRAINING = ("data.path", "data.sources", "data.gaps", "data.valid", "trainer.amp", "trainer.stages")
+OF_TRAINING = ("data.path", "data.sources", "data.gaps", "data.valid", "trainer.precision", "trainer.stages")
 """What a forecast from the run may have otherwise."""
 
 

@@ -110,7 +110,7 @@ def prepare_training(job: Job, fields: Fields) -> tuple[nn.Module, Look]:
     two = torch.randn(shape, generator=generator).to(job.device, dtype)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=trainer.amp == "bf16"):
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=trainer.precision == "bf16"):
             return model(x)
 
     with together("looking at the model"):

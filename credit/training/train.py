@@ -21,13 +21,13 @@ from credit.domain_parallel.generators import seed_torch
 from credit.errors import ConfigError, CreditError, Stopped
 from credit.launch.contract import enforce_sampler_contract
 from credit.launch.job import Job, sole_writer
+from credit.launch.precision import in_words
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
-from credit.parallel.collectives import clip_grad_norm_, gather_objects, local, together
+from credit.parallel.collectives import all_sum, clip_grad_norm_, gather_objects, local, together
 from credit.parallel.domain import get_raw_model
 from credit.parallel.ema import EMA
-from credit.parallel.fsdp2 import synchronize_gradients
 from credit.parallel.look import StepBuffers
-from credit.parallel.parallelize import reduce_gradients
+from credit.parallel.parallelize import Gradients
 from credit.parallel.validated import best_step, read_losses
 from credit.status import Status, refuse_removed, write_status
 from credit.stop import StopRequest
@@ -76,6 +76,7 @@ class TrainingRun:
         with together("laying out the batches"):
             self._lay_out_batches(datasets)
         self.model, self.look = prepare_training(job, self.fields)
+        self.gradients = Gradients(self.model, job.mesh, self.trainer)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trained, lr=self.trainer.learning_rate, weight_decay=self.trainer.weight_decay
@@ -124,8 +125,8 @@ class TrainingRun:
             )
 
     def predict(self, x: Tensor) -> Tensor:
-        """The model in the precision of `trainer.amp` (FSDP2 brings its own)."""
-        autocast = self.trainer.amp == "bf16" and self.trainer.parallelism.data != "fsdp2"
+        """The model, under autocast for `trainer.precision: bf16` (FSDP2 brings its own)."""
+        autocast = self.trainer.precision == "bf16" and self.trainer.parallelism.data != "fsdp2"
         with torch.autocast(self.job.device.type, torch.bfloat16, enabled=autocast):
             return self.model(x)
 
@@ -147,24 +148,26 @@ class TrainingRun:
         for change, target in zip(steps, targets, strict=True):
             yield self.loss(change, target, batch["weight"]) / self.trainer.rollout
 
-    def train_step(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor, float]:
-        """One optimiser step; (this rank's share of the global mean loss, gradient norm, learning rate)."""
-        share = self._backward(batch, step)
-        reduce_gradients(self.model, self.job.mesh, self.trainer)
-        norm = clip_grad_norm_(self.model.parameters(), self.trainer.clip)
+    def train_step(self, batch: dict[str, Tensor], step: int) -> tuple[float, float, float]:
+        """One optimiser step; (global mean loss, gradient norm, learning rate)."""
+        total = all_sum(self._backward(batch, step))
+        self.gradients.reduce()
+        clipped = clip_grad_norm_(self.model.parameters(), self.trainer.clip)
+        # The one place where the host waits for the device: weights are not touched unless the norm is finite.
+        loss, norm = torch.stack([total, clipped.to(total.dtype)]).tolist()
         rate = self.schedule.rate(step)
         if not self._is_usable(norm, step):
             self.optimizer.zero_grad()
-            return share, norm, rate
+            return loss, norm, rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(step + 1)
-        return share, norm, rate
+        return loss, norm, rate
 
-    def _is_usable(self, norm: Tensor, step: int) -> bool:
+    def _is_usable(self, norm: float, step: int) -> bool:
         """False if the step is to be skipped. The norm is every rank's.
 
         Raises:
@@ -175,10 +178,10 @@ class TrainingRun:
             return True
         self.skipped += 1
         if self.trainer.nonfinite == "skip" and self.skipped <= MAX_SKIPPED:
-            self.job.say(f"step {step + 1} is skipped: the norm of its gradient is {float(norm)}")
+            self.job.say(f"step {step + 1} is skipped: the norm of its gradient is {norm}")
             return False
         raise CreditError(
-            f"the norm of the gradient is {float(norm)} at step {step + 1}{self._not_finite()}, and did not "
+            f"the norm of the gradient is {norm} at step {step + 1}{self._not_finite()}, and did not "
             f"change the weights; {self.checkpoints.directory} holds the steps before. Lower trainer.learning_rate, "
             f"look for a square root or a division that meets zero, or set trainer.nonfinite: skip"
         )
@@ -211,7 +214,7 @@ class TrainingRun:
             losses = self.shares_of_loss(piece, draw=1 + step)
             with self.look.sampled(self._members_of(piece)):
                 for stage in range(stages):
-                    with synchronize_gradients(self.model, last=(part, stage) == (parts - 1, stages - 1)):
+                    with self.gradients.adding_up(last=(part, stage) == (parts - 1, stages - 1)):
                         loss = torch.stack(list(islice(losses, at_once))).sum() / self.trainer.batch_size
                         (loss * ranks).backward()  # averaged over `ranks`, gradients are those of the global mean
                     share += loss.detach()
@@ -228,17 +231,18 @@ class TrainingRun:
     def validate(self, request: StopRequest | None = None) -> float | None:
         """Global mean loss over the validation period, of the averaged weights if there are any; None if stopped."""
         self.model.eval()
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.job.device)
         with self.ema.in_place_of_weights() if self.ema is not None else nullcontext():
-            batches = AgreedBatches(self.loaders["valid"], self.job.device, request)
+            batches = AgreedBatches(self.loaders["valid"], request)
             for batch in batches:
                 if batch is None:
                     self.model.train()
                     return None
                 share = torch.stack(list(self.shares_of_loss(batch, draw=0))).sum().double()
-                total += batches.total(share / self.job.shape.tp)
+                total += all_sum(share / self.job.shape.tp)
+                batches.agree()
         self.model.train()
-        return total / self.samplers["valid"].samples
+        return float(total) / self.samplers["valid"].samples
 
     def resume(self) -> int:
         """Load the newest good checkpoint, if there is one; the step to go on with."""
@@ -333,18 +337,18 @@ class TrainingRun:
         """Take the steps of an epoch, from number `done` on; yields after each."""
         self.samplers["train"].start_at(epoch, done)
         step = epoch * self.steps_per_epoch + done
-        batches = AgreedBatches(self.loaders["train"], self.job.device, request)
+        batches = AgreedBatches(self.loaders["train"], request)
         for batch in batches:
             if batch is None:
                 self._stop(step, request)
             begin = time.perf_counter()
-            share, norm, rate = self.train_step(batch, step)
-            loss = batches.total(share)
+            loss, norm, rate = self.train_step(batch, step)
+            batches.agree()
             seconds = time.perf_counter() - begin - batches.waited
             step += 1
             trained.losses.append(loss)
-            trained.gradient_norms.append(float(norm))
-            log.step(step, epoch + 1, loss, float(norm), rate, self.trainer.batch_size, seconds, batches.waited)
+            trained.gradient_norms.append(norm)
+            log.step(step, epoch + 1, loss, norm, rate, self.trainer.batch_size, seconds, batches.waited)
             if not math.isfinite(loss) and not self.skipped:
                 raise CreditError(
                     f"the loss is {loss} at step {step}: lower trainer.learning_rate, or set trainer.clip; "
@@ -398,4 +402,5 @@ def _train(job: Job, request: StopRequest, profile: int) -> Trained:
         f"{run.steps} steps of {job.config.trainer.batch_size}; mesh dp {shape.dp} x tp {shape.tp} x domain "
         f"{shape.domain} ({job.config.trainer.parallelism.data}) on {job.device.type}, ranks from {job.ranks.source}"
     )
+    job.say(f"computing in {in_words(job.config.trainer)}")
     return run.run(request, profile)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from credit import status
 from credit.errors import LaunchError
-from credit.launch.job import choose_device, refuse_differences, refuse_shared_devices
-from credit.launch.ranks import choose, claims, expand_nodelist
+from credit.launch.job import choose_device, gpu_name, refuse_differences, refuse_shared_devices
+from credit.launch.ranks import choose, claims, expand_nodelist, gpus_of_job
 from credit.launch.rendezvous import Arrival, number
 from credit.layout import MeshShape, Seat, groups, straddling, table
 
@@ -213,3 +215,40 @@ def test_odd_variables_are_refused_in_words_or_harmless(env) -> None:
 def test_a_rank_beyond_the_world_is_of_another_start() -> None:
     with pytest.raises(LaunchError, match="srun says that this is rank 3 of 2"):
         choose({**SRUN, "SLURM_STEP_NUM_TASKS": "2"})
+
+
+ZERO = "00000000-0000-0000-0000-000000000000"
+OTHER = "5f1d2c3b-0000-1111-2222-333344445555"
+GPUS = {
+    "a uuid": (OTHER, (0, 0, 0), 0, {}, OTHER),
+    "a uuid, whatever is shown": (OTHER, (0, 7, 0), 0, {"CUDA_VISIBLE_DEVICES": "3"}, OTHER),
+    "virtual, on a bus": (ZERO, (0, 0x41, 0), 0, {}, "0:41:00"),
+    "virtual, on none": (ZERO, (0, 0, 0), 2, {}, "number 2"),
+    "virtual, one shown to each rank": (ZERO, (0, 0, 0), 0, {"ROCR_VISIBLE_DEVICES": "5"}, "number 5"),
+    "virtual, shown twice": (
+        ZERO,
+        (0, 0, 0),
+        0,
+        {"ROCR_VISIBLE_DEVICES": "4,6", "HIP_VISIBLE_DEVICES": "1"},
+        "number 6",
+    ),
+    "virtual, shown by CUDA's name": (ZERO, (0, 0, 0), 0, {"CUDA_VISIBLE_DEVICES": "7,1"}, "number 7"),
+    "a part": (OTHER, (0, 7, 0), 0, {"CUDA_VISIBLE_DEVICES": "MIG-aa, MIG-bb"}, "MIG-aa"),
+    "another part of it": (OTHER, (0, 7, 0), 1, {"CUDA_VISIBLE_DEVICES": "MIG-aa, MIG-bb"}, "MIG-bb"),
+    "more numbers than are listed": (ZERO, (0, 0, 0), 3, {"CUDA_VISIBLE_DEVICES": "1"}, "number 3"),
+}
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_gpu_is_known_by_what_tells_it_from_others(name: str) -> None:
+    uuid, (domain, bus, place), seen, env, wanted = GPUS[name]
+    made_up = SimpleNamespace(uuid=uuid, pci_domain_id=domain, pci_bus_id=bus, pci_device_id=place)
+    assert gpu_name(made_up, seen, env) == wanted
+
+
+@pytest.mark.parametrize("variable", ["CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"])
+def test_who_is_shown_no_gpu_takes_none(variable: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as HIP answers where the variable is empty
+    monkeypatch.setenv(variable, "")
+    assert choose_device(0).type == "cpu"
+    assert gpus_of_job({variable: "2"}) == f"the job has GPUs ({variable}=2)"

@@ -17,9 +17,8 @@ from credit.models.transformer import ConvMLP, WindowTransformer
 from credit.parallel import get_domain_manager, get_raw_model, shard_spatial
 from credit.parallel.collectives import all_sum, clip_grad_norm_
 from credit.parallel.ema import EMA
-from credit.parallel.fsdp2 import gradient_mesh, synchronize_gradients
-from credit.parallel.mesh import build_device_mesh, data_parallel_coords
-from credit.parallel.parallelize import parallelize, reduce_gradients
+from credit.parallel.mesh import build_device_mesh, data_parallel_coords, gradient_mesh
+from credit.parallel.parallelize import Gradients, parallelize
 from credit.parallel.pieces import in_pieces, whole
 
 CHANNELS, HEIGHT, WIDTH, BATCH, STEPS = 3, 19, 8, 8, 3
@@ -113,6 +112,7 @@ def curve(name: str, given: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     model = parallelize(MODELS[name]().double(), mesh, given, manager, DOMAIN_CONVERTERS)
     assert (get_domain_manager(model) is manager) == (manager.domain_world_size > 1)
+    gradients = Gradients(model, mesh, given)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     ema = EMA(model, 0.7)
     parts = given["trainer"].get("accumulate", 1)
@@ -125,11 +125,11 @@ def curve(name: str, given: dict[str, Any]) -> dict[str, Any]:
             x, y, weight = data(step)
             x, y = shard_spatial((x[first : first + share], y[first : first + share]), manager)
             weight = shard_spatial(weight, manager)
-            with synchronize_gradients(model, part == parts - 1):
+            with gradients.adding_up(part == parts - 1):
                 mine = ((model(x) - y).square() * weight).sum() / (BATCH * CHANNELS * HEIGHT * WIDTH)
                 (mine * (flat.size() if flat is not None else 1)).backward()
             loss += mine.detach()
-        reduce_gradients(model, mesh, given)
+        gradients.reduce()
         norms.append(float(clip_grad_norm_(model.parameters(), 0.3)))
         optimizer.step()
         optimizer.zero_grad()

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from credit.models import DOMAIN_CONVERTERS
-from credit.parallel.fsdp2 import synchronize_gradients
 from credit.parallel.meters import Wire
-from credit.parallel.parallelize import parallelize, reduce_gradients
+from credit.parallel.parallelize import Gradients, parallelize
 from tests.parallel.curves import (
     MODELS,
     MODES,
@@ -76,14 +75,15 @@ def reductions(given: dict[str, Any]) -> tuple[int, int]:
     """In one optimiser step: collectives that add gradients up, and other ones, which gather parameters."""
     mesh, manager = layout("ddp", 1, 1)
     model = parallelize(Transformer().double(), mesh, given, manager, DOMAIN_CONVERTERS)
+    gradients = Gradients(model, mesh, given)
     x, _, _ = data(0)
     parts = given["trainer"].get("accumulate", 1)
 
     def step() -> None:
         for part in range(parts):
-            with synchronize_gradients(model, part == parts - 1):
+            with gradients.adding_up(part == parts - 1):
                 model(x[:2]).square().mean().backward()
-        reduce_gradients(model, mesh, given)
+        gradients.reduce()
 
     step()
     step()  # DDP lays its buckets out anew after the first step

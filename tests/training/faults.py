@@ -252,13 +252,13 @@ def with_failing_sync(raw: dict[str, Any], at: int, victim: int) -> None:
 
 def with_nan(raw: dict[str, Any], at: int, victim: int, gradient: bool) -> None:
     """On one rank, at one step, one number of a gradient or of a weight is none."""
-    real = training.reduce_gradients if gradient else training.TrainingRun._backward
-    name, place = ("reduce_gradients", training) if gradient else ("_backward", training.TrainingRun)
+    real = training.Gradients.reduce if gradient else training.TrainingRun._backward
+    name, place = ("reduce", training.Gradients) if gradient else ("_backward", training.TrainingRun)
     step = 0
 
     def damaged(*args: Any) -> Any:
         nonlocal step
-        model = args[0] if gradient else args[0].model
+        model = args[0]._model if gradient else args[0].model
         step += 1
         if step == at + 1 and torch.distributed.get_rank() == victim:
             parameter = next(one for one in model.parameters() if training.local(one).numel())

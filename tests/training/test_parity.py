@@ -99,7 +99,7 @@ def test_the_loss_curve_is_that_of_one_process(worlds, store, serial, tmp_path, 
 def test_bf16_trains_and_stays_near(worlds, store, tmp_path) -> None:
     wanted, *_ = curve(conf(tmp_path / "float32", store, epochs=2))
     for data in ("none", "fsdp2"):
-        for losses, *_ in worlds(2).run(curve, conf(tmp_path / data, store, 2, data, amp="bf16", epochs=2)):
+        for losses, *_ in worlds(2).run(curve, conf(tmp_path / data, store, 2, data, precision="bf16", epochs=2)):
             assert losses == pytest.approx(wanted, rel=0.05)
             assert losses != pytest.approx(wanted, rel=1e-6)
 

@@ -156,8 +156,11 @@ def _sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Moments:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over the last axis of a * b, without a tensor of the size of either."""
-    return torch.einsum("...i,...i->...", a, b).unsqueeze(-1)
+    """Sum over the last axis of a * b; without a tensor of the size of either, unless products are rounded."""
+    if torch.get_float32_matmul_precision() != "highest":  # statistics are no place for TF32
+        return (a * b).sum(-1, keepdim=True)
+    with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):
+        return torch.einsum("...i,...i->...", a, b).unsqueeze(-1)
 
 
 def _reduce_to(x: Tensor, shape: torch.Size | None) -> Tensor | None:
