@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, FunctionType
+from types import BuiltinFunctionType, FrameType, FunctionType
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeGuard
 
 import torch
@@ -259,6 +259,8 @@ def _refuse_outside(func: Any) -> None:
 def name_of(func: Any) -> str:
     """A torch function as it is called."""
     name = torch.overrides.resolve_name(func)
+    if name is None and isinstance(func, BuiltinFunctionType):  # which torch lists nowhere
+        return f"torch.{func.__name__}"
     return name or (func.__qualname__ if isinstance(func, FunctionType) else str(func))
 
 

@@ -20,6 +20,8 @@ def scripted(x: Tensor) -> Tensor:
 
 FUNCTIONS = {
     "numpy": lambda x: torch.from_numpy(x.detach().numpy()),
+    "row.numpy": lambda x: torch.from_numpy(x[:, :, 3].detach().numpy()),
+    "_foreach_mul_": lambda x: torch._foreach_mul_([x.data[:, :, 3], x.data], 2.0),
     "as_strided": lambda x: torch.as_strided(x, (4, 4), (1, 4)),
     "squeeze_": lambda x: (x[:, :1] * 1).squeeze_(1),
     "autograd.grad": lambda x: torch.autograd.grad(x.sum(), x)[0],
@@ -46,7 +48,7 @@ def test_what_cannot_be_exact_is_refused_with_module_line_and_remedy(threads, na
     assert first == second
     assert "1 (Call)" in first
     assert "test_refusals.py" in first or "operators.py" in first
-    assert name in first or name.split(" ")[-1] in first
+    assert name in first or name.split(" ")[-1] in first or name.split(".")[-1] in first
 
 
 def differing_generators(train: bool) -> bool:
