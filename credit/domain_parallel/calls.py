@@ -200,9 +200,11 @@ def _with_whole_views(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         found = answer(func, plain_args, plain_kwargs)
     else:
         found = func(*plain_args, **plain_kwargs)
-    changed = [(x, changes) for x, (state, changes) in zip(views, before, strict=True) if not is_as_it_was(x._local, state)]
-    memories = {x.memory for x, _ in changed}
-    if len(memories) > len({memory.root for memory in memories}) or any(x.memory.root.changes > n for x, n in changed):
+    pairs = zip(views, before, strict=True)
+    changed = [(x.memory, changes) for x, (state, changes) in pairs if not is_as_it_was(x._local, state)]
+    memories = {memory for memory, _ in changed}
+    roots = {memory.root for memory in memories}
+    if len(memories) > len(roots) or any(memory.root.changes > changes for memory, changes in changed):
         refuse_together(func)
     for memory in memories:
         memory.changed()

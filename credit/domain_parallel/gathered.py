@@ -36,10 +36,13 @@ REFUSED = {
         ("backward", "grad", "register_post_accumulate_grad_hook"), "the loss is known outside of the model alone"
     ),
     **dict.fromkeys(("__reduce_ex__", "__setstate__"), "each rank has its own rows only"),
+    **dict.fromkeys(("cond", "while_loop"), "its branches would be traced; an if or a loop of Python does the same"),
+    **dict.fromkeys(("_make_dual", "_unpack_dual"), "forward derivatives do not know of the rows on other ranks"),
     "as_strided": "strides count entries of one device's memory",
     "as_strided_": "strides count entries of one device's memory",
 }
 """What cannot be done on gathered operands, by the name of the function, and why."""
+
 
 class Crossing(NamedTuple):
     """How tensors become whole, and are cut again, around what is computed on whole ones.

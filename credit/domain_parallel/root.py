@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from credit.domain_parallel.as_written import as_written
 from credit.domain_parallel.autocast import casts_of_its_own
 from credit.domain_parallel.containers import closed, flattened, opened, restored
 from credit.domain_parallel.gathered import gathers_refused
 from credit.domain_parallel.generators import GENERATORS, digest, generator_states
 from credit.domain_parallel.groups import RankGroup
+from credit.domain_parallel.hooks import answer_parameter_hooks
 from credit.domain_parallel.lengths import check_lengths, gather_numbers, gather_texts
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager
 from credit.domain_parallel.partition import Partition
@@ -68,6 +70,7 @@ class Border:
             DomainParallelError: on every rank, if the inputs do not fit together, or if the model draws random
                 numbers that are not the same on all ranks.
         """
+        answer_parameter_hooks(root, self.group)
         before = generator_states()
         leaves, structure = flattened((args, kwargs))
         kind = self.recorder.kind(root, leaves, structure) if self.recorder is not None else None
@@ -75,7 +78,8 @@ class Border:
 
         def body(leaves: list[Any]) -> Any:
             args, kwargs = restored(leaves, structure)
-            with inside_model(self.group), gathers_refused(self.fallback == "refuse"), casts_of_its_own():
+            refused = gathers_refused(self.fallback == "refuse")
+            with inside_model(self.group), refused, casts_of_its_own(), as_written():
                 return self.leave(forward(*args, **kwargs))
 
         recording = self.recorder.found(kind, leaves) if replay else None  # type: ignore[union-attr, arg-type]

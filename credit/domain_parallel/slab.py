@@ -47,7 +47,8 @@ COMPOSITE: dict[Any, Callable[..., Any]] = {}
 ASKS: set[Any] = set()
 """Torch functions whose rules answer about a slab and make no other."""
 
-_REMEDIES = {
+REMEDIES = {
+    "BackwardHookFunction": "Give register_hook of a tensor in the forward what the module's backward hook does.",
     "CheckpointFunction": "Give torch.utils.checkpoint use_reentrant=False.",
     "RegisterPostBackwardFunction": "After fully_shard(module), call show_rows_to_hooks(module) of this package.",
 }
@@ -162,7 +163,7 @@ class Slab(torch.Tensor):
                 refuse(
                     f"a custom torch.autograd.Function, {name}, met before this line,",
                     "its backward does not know of the rows on other ranks",
-                    _REMEDIES.get(name, ""),
+                    REMEDIES.get(name, ""),
                 )
         return self._local
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import (
@@ -26,9 +26,11 @@ from torch.utils._pytree import (
 
 __all__ = [
     "NN",
+    "BackwardHookFunction",
     "BatchNorm",
     "TorchDispatchMode",
     "TorchFunctionMode",
+    "accumulated_hooks",
     "allow_recompiles",
     "bound_default_group",
     "compiled",
@@ -39,6 +41,7 @@ __all__ = [
     "foreach_lerp_",
     "foreach_mul_",
     "foreach_norm",
+    "gradient_hooks",
     "inside_backward",
     "is_faked",
     "make_wrapper_subclass",
@@ -60,6 +63,9 @@ __all__ = [
 
 BatchNorm: Any = nn.modules.batchnorm._BatchNorm
 """What the batch norms of all dimensions are."""
+
+BackwardHookFunction: Any = nn.modules._functions.BackwardHookFunction
+"""By which the backward hooks of a module see gradients."""
 
 NN: Any = torch._C._nn
 """Where `torch.nn.functional` has some of its functions from."""
@@ -93,6 +99,16 @@ foreach_lerp_, foreach_mul_, foreach_norm = torch._foreach_lerp_, torch._foreach
 def inside_backward() -> bool:
     """Autograd's engine is running on this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def gradient_hooks(x: Tensor) -> dict[int, Any]:
+    """What `register_hook` has put onto a tensor: the very dictionary that is called."""
+    return x._backward_hooks or {}
+
+
+def accumulated_hooks(x: Tensor) -> dict[int, Any]:
+    """What `register_post_accumulate_grad_hook` has put onto a tensor."""
+    return x._post_accumulate_grad_hooks or {}
 
 
 def is_faked() -> bool:

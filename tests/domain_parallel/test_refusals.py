@@ -26,6 +26,8 @@ FUNCTIONS = {
     "squeeze_": lambda x: (x[:, :1] * 1).squeeze_(1),
     "autograd.grad": lambda x: torch.autograd.grad(x.sum(), x)[0],
     "use_reentrant=False": lambda x: checkpoint(torch.tanh, x, use_reentrant=True) * 1,
+    "torch._make_dual": lambda x: torch.func.jvp(torch.sin, (x,), (x,))[1],
+    "cond": lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)),
     "aten": scripted,
 }
 
