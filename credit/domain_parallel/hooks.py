@@ -20,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.manager import DomainParallelError
-from credit.domain_parallel.slab import group_inside
-from credit.domain_parallel.torch_private import accumulated_hooks, gradient_hooks
+from credit.domain_parallel.slab import group_inside, refuse
+from credit.domain_parallel.torch_private import accumulated_hooks, before_backward, gradient_hooks
 from credit.domain_parallel.whole_view import as_whole
 
 _MODULES = (
@@ -113,6 +113,17 @@ def answer_parameter_hooks(root: nn.Module, group: RankGroup) -> None:
     _seen[root] = RemovableHandle.next_id
 
 
+def refuse_inner_backward() -> None:
+    """Before any backward: one inside of a forward would find this rank's part of a gradient.
+
+    Raises:
+        DomainParallelError: if a converted model is running.
+    """
+    if group_inside() is not None:
+        refuse("a backward inside of a forward", "each rank finds a part of the gradient", "Take it after the forward.")
+
+
 def answer_hooks() -> None:
     """From now on hooks may be registered on whole tensors inside of a model. Elsewhere they do what they did."""
     Tensor.register_hook = register_hook  # type: ignore[method-assign]
+    before_backward(refuse_inner_backward)

@@ -6,6 +6,7 @@ Modules whose names begin with an underscore, and names that do. `tests/test_pro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "TorchFunctionMode",
     "accumulated_hooks",
     "allow_recompiles",
+    "before_backward",
     "bound_default_group",
     "compiled",
     "compute_local_shape_and_global_offset",
@@ -99,6 +101,19 @@ foreach_lerp_, foreach_mul_, foreach_norm = torch._foreach_lerp_, torch._foreach
 def inside_backward() -> bool:
     """Autograd's engine is running on this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+_run_backward: Any = torch.autograd._engine_run_backward
+
+
+def before_backward(check: Callable[[], None]) -> None:
+    """Call `check` before every backward that starts, in whatever words; no other check that was given before."""
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check()
+        return _run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = checked
 
 
 def gradient_hooks(x: Tensor) -> dict[int, Any]:

@@ -147,6 +147,33 @@ def test_inference_mode(threads) -> None:
     assert max(threads(2).run(without_gradients)) < 1e-12
 
 
+class Remembering(nn.Module):
+    """Buffers of fields and rows, set anew in every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("before", torch.zeros(13, 6))
+        self.register_buffer("row", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * (self.before + self.row)
+        self.before, self.row = x.detach().mean((0, 1)), x.detach()[0, 0, 3]
+        return y + self.before
+
+
+def remembered() -> float:
+    plain, sharded = Remembering().double(), convert_to_domain_parallel(Remembering().double(), parity.manager())
+    for _ in range(2):
+        x = torch.randn(2, 4, 13, 6, dtype=torch.float64)
+        found, expected = sharded(shard_tensor(x, -2, parity.manager())), parity.rows_of(plain(x), -2)
+    pairs = [(found, expected), *zip(sharded.state_dict().values(), plain.state_dict().values(), strict=True)]
+    return max(parity.relative(a, b) for a, b in pairs)
+
+
+def test_buffers_that_a_forward_sets_are_whole(threads) -> None:
+    assert max(threads(3).run(remembered)) < 1e-12
+
+
 @dataclasses.dataclass
 class Batch:
     field: Tensor
@@ -211,7 +238,7 @@ def misused(what: str) -> None:
 MISUSES = {
     "a part": "is a part of a converted model",
     "no batch": "got 0 fields",
-    "an object": "inside of a .*Bag",
+    "an object": "OfBatch: a tensor inside of a .*Bag",
     "kept": r"\.aux: the forward kept a tensor with a gradient",
     "whole, but not the same": "were given different inputs",
     "Python": "generators of Python differ",
