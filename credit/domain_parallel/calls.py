@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from credit.domain_parallel.functions import custom, is_custom
-from credit.domain_parallel.gathered import gathered
+from credit.domain_parallel.gathered import gathered, refuse_memory, refuse_together
 from credit.domain_parallel.halo_exchange import moves
 from credit.domain_parallel.outcome import (
     Outcome,
@@ -28,7 +28,7 @@ from credit.domain_parallel.outcome import (
 )
 from credit.domain_parallel.partition import PartitionError
 from credit.domain_parallel.slab import ASKS, COMPOSITE, RULES, Declined, Slab, answers, is_slab, rules_of
-from credit.domain_parallel.storage import View
+from credit.domain_parallel.storage import View, is_as_it_was, state_of
 from credit.domain_parallel.torch_private import torch_function_off, torch_function_on
 from credit.domain_parallel.whole_view import WholeView, as_whole, viewed
 
@@ -93,10 +93,10 @@ def _flag_of(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: st
 def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], types: Any = ()) -> Any:
     """func(*args, **kwargs), where some arguments are slabs; `types` are those of what torch hands over to."""
     rule = RULES.get(func)
-    if func in ASKS:
-        return rule(*args, **kwargs)  # type: ignore[misc]
     if WholeView in types:
         return _with_whole_views(func, args, kwargs)
+    if func in ASKS:
+        return rule(*args, **kwargs)  # type: ignore[misc]
     if rule is None or (kwargs and kwargs.get("out") is not None):
         composite = COMPOSITE.get(func)
         if composite is not None:
@@ -191,15 +191,23 @@ def _again(kind: type[Slab], func: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _with_whole_views(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """On their values. What was changed in place is seen on them, as no name tells: a list of them, an operator's."""
+    refuse_memory(func)
     views = [x for x in leaves((args, kwargs)) if isinstance(x, WholeView)]
     plain_args, plain_kwargs = replaced((args, kwargs), as_whole)
+    before = [(state_of(x._local), x.memory.root.changes) for x in views]
     if any(isinstance(x, Slab) for x in leaves((plain_args, plain_kwargs))):
         found = answer(func, plain_args, plain_kwargs)
     else:
         found = func(*plain_args, **plain_kwargs)
-    for target in changed_by(func, args, kwargs):
-        if isinstance(target, WholeView):
-            target.memory.changed()
+    pairs = zip(views, before, strict=True)
+    changed = [(x.memory, changes) for x, (state, changes) in pairs if not is_as_it_was(x._local, state)]
+    memories = {memory for memory, _ in changed}
+    roots = {memory.root for memory in memories}
+    if len(memories) > len(roots) or any(memory.root.changes > changes for memory, changes in changed):
+        refuse_together(func)
+    for memory in memories:
+        memory.changed()
 
     def viewed_again(x: Tensor) -> Tensor:
         if isinstance(x, Slab | WholeView):

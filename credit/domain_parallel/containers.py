@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,13 +45,13 @@ register_pytree_node(
 )
 
 
-def opened(x: Any) -> Any:
+def opened(x: Any, of: str = "a sharded model") -> Any:
     """`x` with everything opened that holds a tensor.
 
     Raises:
-        DomainParallelError: if an object holds one that cannot be opened.
+        DomainParallelError: if an object holds one that cannot be opened; `of` says at whose border.
     """
-    return tree_map(_open, x, is_leaf=lambda one: isinstance(one, Tensor))
+    return tree_map(partial(_open, of), x, is_leaf=lambda one: isinstance(one, Tensor))
 
 
 def closed(x: Any) -> Any:
@@ -62,17 +63,17 @@ def _is_closed(x: Any) -> bool:
     return isinstance(x, _Opened | Tensor)
 
 
-def _open(x: Any) -> Any:
+def _open(of: str, x: Any) -> Any:
     if isinstance(x, Tensor | bool | int | float | str | bytes | type(None) | type):
         return x
     if isinstance(x, SimpleNamespace):
-        return _Opened(x, {name: opened(value) for name, value in vars(x).items()})
+        return _Opened(x, {name: opened(value, of) for name, value in vars(x).items()})
     if dataclasses.is_dataclass(x):
-        return _Opened(x, {field.name: opened(getattr(x, field.name)) for field in dataclasses.fields(x)})
+        return _Opened(x, {field.name: opened(getattr(x, field.name), of) for field in dataclasses.fields(x)})
     if _holds_tensor(x, DEPTH):
         raise DomainParallelError(
-            f"a tensor inside of a {type(x).__module__}.{type(x).__qualname__} comes to the border of a sharded model, "
-            f"where it would be taken for whole. Give tensors by themselves or in tuples, lists, dictionaries, "
+            f"{of}: a tensor inside of a {type(x).__module__}.{type(x).__qualname__} comes to its border, where it would "
+            f" be taken for whole. Give tensors by themselves or in tuples, lists, dictionaries, "
             f"dataclasses; or register the type with {register_pytree_node.__module__}.register_pytree_node."
         )
     return x
@@ -99,9 +100,9 @@ def _contents(x: Any) -> Iterable[Any]:
                 yield getattr(x, slot)
 
 
-def flattened(x: Any) -> tuple[list[Any], Any]:
-    """(what is in it, its structure), of whatever holds tensors."""
-    return tree_flatten(opened(x), is_leaf=lambda one: isinstance(one, Tensor))
+def flattened(x: Any, of: str = "a sharded model") -> tuple[list[Any], Any]:
+    """(what is in it, its structure), of whatever holds tensors; `of` as in `opened`."""
+    return tree_flatten(opened(x, of), is_leaf=lambda one: isinstance(one, Tensor))
 
 
 def restored(leaves: list[Any], structure: Any) -> Any:

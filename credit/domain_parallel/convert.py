@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from credit.domain_parallel.functions import answer_functions
+from credit.domain_parallel.hooks import answer_hooks, take_inside
 from credit.domain_parallel.layers import (
     DomainParallelConv2d,
     DomainParallelConv3d,
@@ -122,7 +123,9 @@ def convert_to_domain_parallel(
         if part is not model and not isinstance(part, DomainParallelLayer):
             part.register_forward_pre_hook(only_inside, prepend=True)
     answer_functions()
+    answer_hooks()
     become(model, DomainParallelRoot)
+    take_inside(model)
     model.__dict__["_domain_border"] = Border(manager, shard_dim, fallback)
     return model
 

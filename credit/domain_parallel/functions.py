@@ -22,8 +22,8 @@ from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.outcome import leaves, replaced
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import Once, part, whole
-from credit.domain_parallel.slab import Slab, group_inside, met
-from credit.domain_parallel.torch_private import unsafe_view
+from credit.domain_parallel.slab import REMEDIES, Slab, group_inside, met, refuse
+from credit.domain_parallel.torch_private import BackwardHookFunction, unsafe_view
 from credit.domain_parallel.whole_view import as_whole
 
 _AS_THEY_ARE = ("credit.domain_parallel.", "credit.parallel.", "torch.")
@@ -91,6 +91,8 @@ ALIKE = Crossing(
 
 def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     """`Function.apply`, of slabs too."""
+    if cls is BackwardHookFunction and group_inside() is not None:
+        refuse("a backward hook of a module", _UNKNOWN, REMEDIES[cls.__name__])
     if cls.__module__.startswith(_AS_THEY_ARE):
         return _apply(cls, *args, **kwargs)
     slab = next((x for x in leaves((args, kwargs)) if isinstance(x, Slab)), None)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ REFUSED = {
         ("backward", "grad", "register_post_accumulate_grad_hook"), "the loss is known outside of the model alone"
     ),
     **dict.fromkeys(("__reduce_ex__", "__setstate__"), "each rank has its own rows only"),
+    **dict.fromkeys(("cond", "while_loop"), "its branches would be traced; an if or a loop of Python does the same"),
+    **dict.fromkeys(("_make_dual", "_unpack_dual"), "forward derivatives do not know of the rows on other ranks"),
     "as_strided": "strides count entries of one device's memory",
     "as_strided_": "strides count entries of one device's memory",
 }
@@ -111,6 +113,22 @@ def gathers_refused(refused: bool) -> Iterator[None]:
         _state.refused = before
 
 
+def refuse_memory(func: Any) -> None:
+    """If it cannot be done on whole values: it asks for memory that no rank has, or for derivatives.
+
+    Raises:
+        DomainParallelError: if so.
+    """
+    name = getattr(func, "__name__", "").partition(".")[0]
+    if name in REFUSED or getattr(func, "__module__", "") == "torch.autograd":
+        refuse(name_of(func), REFUSED.get(name, REFUSED["grad"]))
+
+
+def refuse_together(func: Any) -> NoReturn:
+    """As it has changed several copies of what torch holds once."""
+    refuse(name_of(func), "it changes several views of one field", "Change them one after the other.")
+
+
 def gathered(
     func: Any,
     args: tuple[Any, ...],
@@ -124,10 +142,8 @@ def gathered(
         DomainParallelError: if that would not be exact.
         what torch raises.
     """
-    name = getattr(func, "__name__", "")
+    refuse_memory(func)
     slabs = {id(x): x for x in leaves((args, kwargs)) if is_slab(x)}
-    if name in REFUSED or getattr(func, "__module__", "") == "torch.autograd":
-        refuse(name_of(func), REFUSED.get(name, REFUSED["grad"]))
     if not slabs:
         refuse(name_of(func), "it was given fields where they are not found")
     if _state.refused or not all(type(x) is Slab for x in slabs.values()):
@@ -137,9 +153,11 @@ def gathered(
         _tell(func, sum(x.nbytes for x in wholes.values()), next(iter(slabs.values())))
         versions = {key: x._version for key, x in wholes.items()}
         found = _on_wholes(func, args, kwargs, wholes)
-    for key, x in wholes.items():
-        if x._version != versions[key]:
-            _give_back(slabs[key], x, func, crossing)
+    changed = [key for key, x in wholes.items() if x._version != versions[key]]
+    if any(shares(slabs[a], slabs[b]) for a in changed for b in changed if a != b):
+        refuse_together(func)
+    for key in changed:
+        _give_back(slabs[key], wholes[key], func, crossing)
 
     def view(x: Tensor, number: int, base: Slab) -> Tensor:
         result = _cut_like(x, base, crossing)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from credit.domain_parallel.halo_conv import keeps_rows
 from credit.domain_parallel.halo_exchange import HaloExchange
+from credit.domain_parallel.hooks import has_hooks_inside, hooks_inside
 from credit.domain_parallel.lengths import global_length
 from credit.domain_parallel.manager import (
     DomainParallelError,
@@ -415,4 +416,8 @@ class DomainParallelRoot(Became):
         if "torch._dynamo" in sys.modules:  # Slabs and exchanges are not for a compiler to trace.
             _uncompile(self)
             run = torch.compiler.disable(run)
-        return run(self, super().forward, args, kwargs)
+        return run(self, self._with_hooks if has_hooks_inside(self) else super().forward, args, kwargs)
+
+    def _with_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        with hooks_inside(self):
+            return self(*args, **kwargs)

@@ -108,9 +108,11 @@ class ModulesState:
         """A hook that a replay would not call; None if there is none."""
         if self._hooks == RemovableHandle.next_id:  # no hook was made since
             return None
-        for path, module in self._modules[1:]:
+        held_inside = [(path, vars(module)) for path, module in self._modules[1:]]
+        held_inside += [("the model", vars(self._modules[0][1]).get("_hooks_inside", {}))]
+        for path, held in held_inside:
             for kind in _HOOKS:
-                for hook in vars(module)[kind].values():
+                for hook in held.get(kind, {}).values():
                     if not getattr(hook, "__module__", "").startswith(_OURS):
                         return f"{path} has a hook, {getattr(hook, '__qualname__', type(hook).__name__)}"
         self._hooks = RemovableHandle.next_id

@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from credit.domain_parallel.as_written import as_written
 from credit.domain_parallel.autocast import casts_of_its_own
 from credit.domain_parallel.containers import closed, flattened, opened, restored
 from credit.domain_parallel.gathered import gathers_refused
 from credit.domain_parallel.generators import GENERATORS, digest, generator_states
 from credit.domain_parallel.groups import RankGroup
+from credit.domain_parallel.hooks import answer_parameter_hooks
 from credit.domain_parallel.lengths import check_lengths, gather_numbers, gather_texts
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager
 from credit.domain_parallel.partition import Partition
 from credit.domain_parallel.reshard import Once, plain, reshard, whole
-from credit.domain_parallel.side_doors import refuse_side_doors
-from credit.domain_parallel.slab import Slab, inside_model, refuse, rules_of
+from credit.domain_parallel.side_doors import make_buffers_whole, refuse_side_doors
+from credit.domain_parallel.slab import Slab, class_name, inside_model, refuse, rules_of
 from credit.domain_parallel.torch_private import tree_map
 from credit.domain_parallel.whole_view import as_whole
 
@@ -68,19 +70,22 @@ class Border:
             DomainParallelError: on every rank, if the inputs do not fit together, or if the model draws random
                 numbers that are not the same on all ranks.
         """
+        answer_parameter_hooks(root, self.group)
         before = generator_states()
-        leaves, structure = flattened((args, kwargs))
+        leaves, structure = flattened((args, kwargs), class_name(root))
         kind = self.recorder.kind(root, leaves, structure) if self.recorder is not None else None
         leaves, differing, replay = self._enter(root, leaves, before, kind is not None and kind.is_ready)
 
         def body(leaves: list[Any]) -> Any:
             args, kwargs = restored(leaves, structure)
-            with inside_model(self.group), gathers_refused(self.fallback == "refuse"), casts_of_its_own():
-                return self.leave(forward(*args, **kwargs))
+            refused = gathers_refused(self.fallback == "refuse")
+            with inside_model(self.group), refused, casts_of_its_own(), as_written():
+                return self.leave(forward(*args, **kwargs), class_name(root))
 
         recording = self.recorder.found(kind, leaves) if replay else None  # type: ignore[union-attr, arg-type]
         output = body(leaves) if recording is None else recording(leaves)
         if recording is None:
+            make_buffers_whole(root)
             refuse_side_doors(root)
             if kind is not None:
                 self.recorder.learn(root, kind, body, leaves)  # type: ignore[union-attr]
@@ -127,9 +132,10 @@ class Border:
         slab.strides = _strides(tuple(shape), numbers[0] >> 32)
         return slab
 
-    def leave(self, output: Any) -> Any:
-        """This rank's rows of the fields in `output`, whatever holds them."""
-        return closed(tree_map(lambda x: self.left(x)[0], opened(output), is_leaf=lambda x: isinstance(x, Tensor)))
+    def leave(self, output: Any, of: str = "a sharded model") -> Any:
+        """This rank's rows of the fields in `output`, whatever holds them; `of` as in `opened`."""
+        found = opened(output, of)
+        return closed(tree_map(lambda x: self.left(x)[0], found, is_leaf=lambda x: isinstance(x, Tensor)))
 
     def left(self, x: Any) -> tuple[Any, int | None]:
         """What leaves of one value, and the length of the whole if that is cut."""

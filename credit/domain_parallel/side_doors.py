@@ -7,16 +7,33 @@ that is called by itself would take a shard for the whole.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from credit.domain_parallel.manager import DomainParallelError
 from credit.domain_parallel.outcome import tensors_in
-from credit.domain_parallel.slab import Slab, is_inside_model
+from credit.domain_parallel.reshard import whole
+from credit.domain_parallel.slab import Slab, class_name, is_inside_model
+from credit.domain_parallel.whole_view import WholeView, as_whole
 
 _OURS = ("credit.domain_parallel.", "credit.parallel.")
 _HIDDEN = ("_parameters", "_buffers", "_modules")
+
+
+def make_buffers_whole(root: nn.Module) -> None:
+    """To be called after a forward of `root`: buffers that it has set to fields become whole, as they are saved.
+
+    Raises:
+        DomainParallelError: if one has a gradient.
+    """
+    for module in root.modules():
+        buffers = vars(module)["_buffers"]
+        for name, buffer in buffers.items():
+            if type(buffer) in (Slab, WholeView):
+                if buffer.requires_grad:
+                    _refuse(root, module, name)
+                buffers[name] = as_whole(whole(buffer)).clone()
 
 
 def refuse_side_doors(root: nn.Module) -> None:
@@ -30,11 +47,15 @@ def refuse_side_doors(root: nn.Module) -> None:
         for name, value in vars(module).items():
             held = isinstance(value, Tensor | list | tuple | dict) and name not in _HIDDEN
             if held and any(map(_is_of_fields, tensors_in(value))):
-                path = next(path for path, one in root.named_modules() if one is module) or type(root).__name__
-                raise DomainParallelError(
-                    f"{path}.{name}: the forward kept a tensor with a gradient there, which every rank would add to "
-                    f"its loss. Return it from the model's forward, or detach it."
-                )
+                _refuse(root, module, name)
+
+
+def _refuse(root: nn.Module, module: nn.Module, name: str) -> NoReturn:
+    path = next(path for path, one in root.named_modules() if one is module) or class_name(root)
+    raise DomainParallelError(
+        f"{path}.{name}: the forward kept a tensor with a gradient there, which every rank would add to "
+        f"its loss. Return it from the model's forward, or detach it."
+    )
 
 
 def _is_of_fields(x: Tensor) -> bool:

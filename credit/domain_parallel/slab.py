@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, FunctionType
+from types import BuiltinFunctionType, FrameType, FunctionType
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeGuard
 
 import torch
@@ -47,7 +47,8 @@ COMPOSITE: dict[Any, Callable[..., Any]] = {}
 ASKS: set[Any] = set()
 """Torch functions whose rules answer about a slab and make no other."""
 
-_REMEDIES = {
+REMEDIES = {
+    "BackwardHookFunction": "Give register_hook of a tensor in the forward what the module's backward hook does.",
     "CheckpointFunction": "Give torch.utils.checkpoint use_reentrant=False.",
     "RegisterPostBackwardFunction": "After fully_shard(module), call show_rows_to_hooks(module) of this package.",
 }
@@ -162,7 +163,7 @@ class Slab(torch.Tensor):
                 refuse(
                     f"a custom torch.autograd.Function, {name}, met before this line,",
                     "its backward does not know of the rows on other ranks",
-                    _REMEDIES.get(name, ""),
+                    REMEDIES.get(name, ""),
                 )
         return self._local
 
@@ -259,6 +260,8 @@ def _refuse_outside(func: Any) -> None:
 def name_of(func: Any) -> str:
     """A torch function as it is called."""
     name = torch.overrides.resolve_name(func)
+    if name is None and isinstance(func, BuiltinFunctionType):  # which torch lists nowhere
+        return f"torch.{func.__name__}"
     return name or (func.__qualname__ if isinstance(func, FunctionType) else str(func))
 
 

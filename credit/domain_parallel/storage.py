@@ -125,6 +125,18 @@ def _whole(memory: Memory, kind: type[Slab], group: Any) -> Tensor:
     return memory.local if memory.cut is None else whole(kind(memory.local, *memory.cut, group))
 
 
+def state_of(x: Tensor) -> Any:
+    """By which `is_as_it_was` sees that `x` was changed in place: torch counts that, outside of inference mode."""
+    return x.clone() if torch.is_inference_mode_enabled() or x.is_inference() else x._version
+
+
+def is_as_it_was(x: Tensor, state: Any) -> bool:
+    """False if `x` was changed in place since that was its `state_of`."""
+    if isinstance(state, Tensor):
+        return x.shape == state.shape and torch.equal(x, state)
+    return bool(x._version == state)
+
+
 def stored(x: Tensor, strides: tuple[int, ...] | None) -> Tensor:
     """A copy of `x` with these strides, gaps included; contiguous for None, and where entries would share a place."""
     if strides is None:

@@ -6,12 +6,13 @@ Modules whose names begin with an underscore, and names that do. `tests/test_pro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import (
@@ -26,10 +27,13 @@ from torch.utils._pytree import (
 
 __all__ = [
     "NN",
+    "BackwardHookFunction",
     "BatchNorm",
     "TorchDispatchMode",
     "TorchFunctionMode",
+    "accumulated_hooks",
     "allow_recompiles",
+    "before_backward",
     "bound_default_group",
     "compiled",
     "compute_local_shape_and_global_offset",
@@ -40,6 +44,7 @@ __all__ = [
     "foreach_mul_",
     "foreach_norm",
     "group_timeout",
+    "gradient_hooks",
     "inside_backward",
     "is_faked",
     "make_wrapper_subclass",
@@ -61,6 +66,9 @@ __all__ = [
 
 BatchNorm: Any = nn.modules.batchnorm._BatchNorm
 """What the batch norms of all dimensions are."""
+
+BackwardHookFunction: Any = nn.modules._functions.BackwardHookFunction
+"""By which the backward hooks of a module see gradients."""
 
 NN: Any = torch._C._nn
 """Where `torch.nn.functional` has some of its functions from."""
@@ -94,6 +102,29 @@ foreach_lerp_, foreach_mul_, foreach_norm = torch._foreach_lerp_, torch._foreach
 def inside_backward() -> bool:
     """Autograd's engine is running on this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+_run_backward: Any = torch.autograd._engine_run_backward
+
+
+def before_backward(check: Callable[[], None]) -> None:
+    """Call `check` before every backward that starts, in whatever words; no other check that was given before."""
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check()
+        return _run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = checked
+
+
+def gradient_hooks(x: Tensor) -> dict[int, Any]:
+    """What `register_hook` has put onto a tensor: the very dictionary that is called."""
+    return x._backward_hooks or {}
+
+
+def accumulated_hooks(x: Tensor) -> dict[int, Any]:
+    """What `register_post_accumulate_grad_hook` has put onto a tensor."""
+    return x._post_accumulate_grad_hooks or {}
 
 
 def is_faked() -> bool:

@@ -38,7 +38,8 @@ def viewed(view: View, x: Tensor, moved: bool, strides: tuple[int, ...] | None) 
         x.memory = Memory(x._local, tuple(x.shape), (x.cut, x.partition), view)
         return x
     local = stored(x, strides)
-    return WholeView(local, Memory(local, tuple(x.shape), None, view))
+    # Of another tensor: one that is given another shape in place stays what it was in memory.
+    return WholeView(local.view_as(local), Memory(local, tuple(x.shape), None, view))
 
 
 def _composed(first: Place, second: Place, x: Tensor) -> Tensor:

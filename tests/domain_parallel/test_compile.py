@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import warnings
 
+import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from credit.domain_parallel import convert_to_domain_parallel, shard_tensor
+from credit.domain_parallel import convert_to_domain_parallel, shard_tensor, verify_parity
 from tests.domain_parallel import parity
 
 
@@ -21,6 +23,21 @@ class Blocks(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.pointwise(self.first(x)) - x.mean(-2, keepdim=True).sum(1, keepdim=True))
+
+
+@torch.compile(backend="aot_eager", fullgraph=True)
+def anomaly(x: torch.Tensor) -> torch.Tensor:
+    return x - x.mean(-2, keepdim=True).cumsum(1)
+
+
+class OfCompiledFunction(nn.Module):
+    def __init__(self, recomputed: bool) -> None:
+        super().__init__()
+        self.conv, self.recomputed = nn.Conv2d(2, 2, 3, padding=1), recomputed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return checkpoint(anomaly, x, use_reentrant=False) if self.recomputed else anomaly(x)
 
 
 def compiled_errors(inside: bool) -> dict[str, float]:
@@ -58,3 +75,8 @@ def test_a_compiled_model_gives_the_same_numbers(worlds) -> None:
 def test_a_part_compiled_by_itself_gives_the_same_numbers(worlds) -> None:
     for errors in worlds(2).run(compiled_errors, True):
         assert max(errors.values()) < 1e-9, errors
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_compiled_function_in_a_forward_gives_the_same_numbers(recomputed) -> None:
+    assert verify_parity(OfCompiledFunction(recomputed), (torch.randn(1, 2, 13, 6),), ranks=3).exact

@@ -18,12 +18,24 @@ def scripted(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
 
 
+def descended(x: Tensor) -> Tensor:
+    """A step down the energy of a copy."""
+    y = x.detach().requires_grad_()
+    y.square().sum().backward()
+    return x - y.grad
+
+
 FUNCTIONS = {
+    "a backward inside": descended,
     "numpy": lambda x: torch.from_numpy(x.detach().numpy()),
+    "row.numpy": lambda x: torch.from_numpy(x[:, :, 3].detach().numpy()),
+    "_foreach_mul_": lambda x: torch._foreach_mul_([x.data[:, :, 3], x.data], 2.0),
     "as_strided": lambda x: torch.as_strided(x, (4, 4), (1, 4)),
     "squeeze_": lambda x: (x[:, :1] * 1).squeeze_(1),
     "autograd.grad": lambda x: torch.autograd.grad(x.sum(), x)[0],
     "use_reentrant=False": lambda x: checkpoint(torch.tanh, x, use_reentrant=True) * 1,
+    "torch._make_dual": lambda x: torch.func.jvp(torch.sin, (x,), (x,))[1],
+    "cond": lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)),
     "aten": scripted,
 }
 
@@ -46,7 +58,7 @@ def test_what_cannot_be_exact_is_refused_with_module_line_and_remedy(threads, na
     assert first == second
     assert "1 (Call)" in first
     assert "test_refusals.py" in first or "operators.py" in first
-    assert name in first or name.split(" ")[-1] in first
+    assert name in first or name.split(" ")[-1] in first or name.split(".")[-1] in first
 
 
 def differing_generators(train: bool) -> bool:
