@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from credit.config.models import MODELS
 from credit.domain_parallel import slices
 from credit.domain_parallel.parking import Live, Nowhere, Parking
-from credit.models import DOMAIN_CONVERTERS, MODELS
+from credit.models import DOMAIN_CONVERTERS, load_model_class
 from credit.parallel.meters import Meter
 
 GRID, CHANNELS, MB = (361, 720), 20, 1e6
@@ -51,7 +52,7 @@ class TracedParking(_Traced, Parking): ...
 
 def made(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return MODELS[name](CHANNELS, CHANNELS, GRID, **KEYS[name]), torch.randn(1, CHANNELS, *GRID)
+    return load_model_class(MODELS[name].path)(CHANNELS, CHANNELS, GRID, **KEYS[name]), torch.randn(1, CHANNELS, *GRID)
 
 
 def run(model: nn.Module, x: Tensor, is_training: bool) -> None:

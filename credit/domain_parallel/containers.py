@@ -72,8 +72,8 @@ def _open(of: str, x: Any) -> Any:
         return _Opened(x, {field.name: opened(getattr(x, field.name), of) for field in dataclasses.fields(x)})
     if _holds_tensor(x, DEPTH):
         raise DomainParallelError(
-            f"{of}: a tensor inside of a {type(x).__module__}.{type(x).__qualname__} comes to its border, where it would "
-            f" be taken for whole. Give tensors by themselves or in tuples, lists, dictionaries, "
+            f"{of}: a tensor inside of a {type(x).__module__}.{type(x).__qualname__} comes to its border, where it "
+            f"would be taken for whole. Give tensors by themselves or in tuples, lists, dictionaries, "
             f"dataclasses; or register the type with {register_pytree_node.__module__}.register_pytree_node."
         )
     return x

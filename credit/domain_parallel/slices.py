@@ -100,8 +100,8 @@ def slice_model(
 class _SliceBorder(Border):
     """Gives what leaves as leaves, the length of the whole of each that is cut, and their structure."""
 
-    def leave(self, output: Any) -> tuple[list[Any], list[int | None], Any]:
-        leaves, structure = tree_flatten(opened(output))
+    def leave(self, output: Any, of: str = "a model on slices") -> tuple[list[Any], list[int | None], Any]:
+        leaves, structure = tree_flatten(opened(output, of))
         left = [self.left(x) for x in leaves]
         return [x for x, _ in left], [length for _, length in left], structure
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from credit.domain_parallel import DomainParallelError, convert_to_domain_parallel, shard_tensor, slices
 from credit.domain_parallel.parking import File, Parking
 from credit.domain_parallel.partition import PartitionError
-from credit.models import DOMAIN_CONVERTERS, UNet
+from credit.models import DOMAIN_CONVERTERS
+from credit.models.unet import UNet
 from credit.parallel.meters import Meter
 from tests.domain_parallel import parity
 from tests.domain_parallel.operators import OPERATORS, C, W
