@@ -141,7 +141,7 @@ def wxformer() -> nn.Module:
 
 
 def pangu() -> nn.Module:
-    shape = {"width": 4, "depth": 1, "coarse_depth": 1, "heads": 1, "window": (2, 3, 6), "patch": (2, 4, 4)}
+    shape = {"width": 4, "depth": 1, "coarse_depth": 1, "heads": 2, "window": (2, 3, 6), "patch": (2, 4, 4)}
     return Pangu(4 * 2 + 2, 4 * 2 + 2, (48, 48), upper=4, levels=2, **shape)
 
 
@@ -531,6 +531,7 @@ def compiled_departures(build: Callable[[], nn.Module], shape: tuple[int, ...]) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", [*MODELS, "net"])
 def test_compiled_is_eager_to_rounding(worlds, name: str) -> None:
     build, shape = MODELS.get(name, (drawing_net, (2, 3, 13, 4)))
