@@ -21,7 +21,6 @@ def add(verbs: Any) -> None:
         "verify",
         help="a directory of credit export: are its files as certified, and is the model exact here?",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", type=file, metavar="DIR")
     parser.add_argument("--files-only", action="store_true", help="do not run the model")
