@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from credit.bounds import file
+from credit.commands.parser import FILE, add_parser
 
 EXAMPLES = """examples:
   credit export my.yaml model/
@@ -17,12 +18,10 @@ Exit code 1 if a file was changed, or the model over ranks is not the plain one 
 
 
 def add(verbs: Any) -> None:
-    parser = verbs.add_parser(
-        "verify",
-        help="a directory of credit export: are its files as certified, and is the model exact here?",
-        epilog=EXAMPLES,
-    )
-    parser.add_argument("directory", type=file, metavar="DIR")
+    summary = "look whether a directory of credit export is as certified, and its model exact here"
+    parser = add_parser(verbs, "verify", summary, EXAMPLES)
+    directory = parser.add_argument("directory", type=file, metavar="DIR", help="that credit export wrote")
+    directory.complete = FILE  # type: ignore[attr-defined]
     parser.add_argument("--files-only", action="store_true", help="do not run the model")
     parser.add_argument("--trust", action="store_true", help="import the classes of others that it names")
     parser.add_argument("--json", action="store_true", help="findings as JSON: severity, where, message, fix")
