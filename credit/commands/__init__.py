@@ -17,11 +17,12 @@ from credit.commands import (
     status,
     submit,
     train,
+    verify,
 )
 
 GROUPS = {
     "run": (train, forecast, score, report, status, export),
-    "check": (check, plan, layout, doctor),
+    "check": (check, verify, plan, layout, doctor),
     "data": (data,),
     "site": (init, migrate, submit, site, completion),
 }

@@ -29,6 +29,8 @@ class Fields:
         channel_unit: of what the model makes, in units of std, (predicted channel, 1, 1): for the state the root mean
             square of its change in a step, for a diagnostic, which has no change, 1.
         unit: that, and 0 where values are always missing, then (predicted channel, row, longitude).
+        given_moments: (mean, std) of forcings and statics that are read.
+        statics: normalised, float32, (static, row, longitude).
         mask: true where they are not, of the globe: (predicted channel, latitude, longitude); None if they never are.
         edge: true where the state is given after each step, of a region: (row, longitude); None if it is nowhere.
     """
@@ -59,9 +61,9 @@ class Fields:
             self.edge = torch.from_numpy(store.grid.at_edge(data.boundary)[rows.start : rows.stop])
         self.input_channels, _ = config.model_channels(len(state), len(names) - len(state))
         # Not all of the statistics: a worker is sent what is here, and their climatology is as large as a state.
-        self._moments = {name: (statistics.mean[name], statistics.std[name]) for name in data.given}
+        self.given_moments = {name: (statistics.mean[name], statistics.std[name]) for name in data.given}
         statics = self._scaled(static_fields(store, data.statics, rows)[None], data.statics)[0]
-        self._statics = torch.from_numpy(statics)
+        self.statics = torch.from_numpy(statics)
         in_memory = data.in_memory and not beyond
         self._memory = store.read(self.predicted, range(len(store.times)), rows) if in_memory else None
 
@@ -108,7 +110,7 @@ class Fields:
 
     def given(self, times: np.ndarray) -> Tensor:
         """Normalised forcings at `times`, and statics: float32, (time, forcing + static, row, longitude)."""
-        return torch.cat([self.forcings(times), self._statics.expand(len(times), -1, -1, -1)], dim=1)
+        return torch.cat([self.forcings(times), self.statics.expand(len(times), -1, -1, -1)], dim=1)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """(mean, std) of the predicted channels, in their own units: float64, (channel, 1, 1)."""
@@ -121,8 +123,8 @@ class Fields:
     def _scaled(self, fields: np.ndarray, names: list[str]) -> np.ndarray:
         """Fields from the store normalised; computed ones are of order one as they are."""
         for i, name in enumerate(names):
-            if name in self._moments:
-                mean, std = self._moments[name]
+            if name in self.given_moments:
+                mean, std = self.given_moments[name]
                 fields[:, i] = (fields[:, i] - mean) / std
                 if self.config.data.missing.get(name) == "mask":
                     fields[:, i] = np.nan_to_num(fields[:, i], nan=0.0)

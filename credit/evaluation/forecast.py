@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from credit.data.times import when
 from credit.domain_parallel.halo_exchange import exchange
 from credit.domain_parallel.partition import Partition, Window, make_plan
 from credit.errors import CheckpointError, CreditError, DataError
+from credit.evaluation.package import refuse_changed
 from credit.files import sync_directory
 from credit.launch.job import Job, sole_writer
 from credit.parallel.checkpoint import Checkpointer, best_checkpoint, list_checkpoints, verify_checkpoint
@@ -31,7 +32,7 @@ from credit.parallel.weights import read_facts
 from credit.steps import in_words, of_months
 from credit.training.facts import OF_TRAINING, refuse_other_run, refuse_other_weights, run_facts
 from credit.training.log import Progress
-from credit.training.noise import Noise
+from credit.training.noise import Noise, of_member
 from credit.training.setup import open_store, prepare_model
 
 HOUR = np.timedelta64(1, "h")
@@ -71,6 +72,28 @@ def valid_times(inits: np.ndarray, leads: np.ndarray) -> np.ndarray:
     return (inits.astype("datetime64[M]") if of_months(leads) else inits) + leads
 
 
+def advance(
+    model: nn.Module,
+    states: Sequence[Tensor],
+    given: Tensor,
+    unit: Tensor,
+    dtype: torch.dtype,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """What is predicted one step later: normalised, float64, (start, predicted channel, local row, longitude).
+
+    Args:
+        states: normalised, float64, (start, state channel, local row, longitude); the newest first.
+        given: normalised forcings and statics.
+        unit: see `Fields.unit`.
+        dtype: of the model.
+    """
+    inputs = [*(state.to(dtype) for state in states), given, *([noise] if noise is not None else [])]
+    made = model(torch.cat(inputs, dim=1)).double() * unit
+    channels = states[0].shape[1]
+    return torch.cat([states[0] + made[:, :channels], made[:, channels:]], dim=1)
+
+
 @torch.no_grad()
 def roll_out(
     model: nn.Module,
@@ -96,15 +119,14 @@ def roll_out(
         with together("reading the data"):
             given = fields.given(times + lead * step)
         given = given.to(device, dtype)
-        inputs = [*(state.to(dtype) for state in states), given, *([noise(lead)] if noise is not None else [])]
-        made = model(torch.cat(inputs, dim=1)).double() * unit
-        state = states[0] + made[:, :channels]
+        after = advance(model, states, given, unit, dtype, None if noise is None else noise(lead))
+        state = after[:, :channels]
         if edge is not None:
             with together("reading the boundary"):
                 truth = fields.newest(times + (lead + 1) * step)
             state = torch.where(edge, truth.to(device, torch.float64), state)
         states = [state, *states[:-1]]
-        yield torch.cat([states[0], made[:, channels:]], dim=1)
+        yield torch.cat([state, after[:, channels:]], dim=1)
 
 
 def forecast(job: Job) -> Path:
@@ -167,8 +189,8 @@ def _forecast(job: Job) -> Path:
     broken: str | None = None
     for ((number, weight),) in sampler:
         index, member = divmod(number, members)
-        minutes = int(store.times[starts[index]].astype("datetime64[m]").astype(int))
-        noise = functools.partial(draw, [(minutes, member)]) if config.noise_channels else None
+        purpose = of_member(store.times[starts[index]], member)
+        noise = functools.partial(draw, [purpose]) if config.noise_channels else None
         states = roll_out(model, fields, starts[[index]], steps, job.device, dtype, noise)
         for lead, state in enumerate(states):
             if not bool(state.isfinite().all()) and broken is None:
@@ -203,6 +225,7 @@ def _trained(job: Job, fields: Fields, facts: dict[str, Any]) -> tuple[nn.Module
         model = prepare_model(job, fields).eval()
         return model, load_weights(job, model, facts)
     with together("reading forecast.weights"):
+        refuse_changed(Path(given))
         refuse_other_weights(read_facts(Path(given)), facts)
     return prepare_model(job, fields, InitFrom(path=given)).eval(), Path(given)
 

@@ -23,6 +23,8 @@ from credit.parallel.pieces import in_pieces, whole
 
 FACTS = "credit"
 """Of the metadata of a file, the entry that holds what its weights are of."""
+WEIGHTS = "model.safetensors"
+"""Of a directory that holds a model."""
 INSIDE = ("model_state_dict", "state_dict", "model")
 """Keys under which training programs keep a model's state beside other things."""
 WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "model.")
@@ -60,8 +62,14 @@ def export_plain(model: nn.Module, path: Path, prefix: str = "", facts: dict[str
             rename_synced(partial, path)
 
 
+def weights_file(path: Path) -> Path:
+    """The file, or that of a directory that holds a model."""
+    return path / WEIGHTS if path.is_dir() else path
+
+
 def read_facts(path: Path) -> dict[str, Any]:
     """What `export_plain` was told about the weights; nothing of another's file."""
+    path = weights_file(path)
     if path.suffix != ".safetensors":
         return {}
     try:
@@ -80,7 +88,7 @@ def load_plain(model: nn.Module, path: Path, only: Sequence[str] = ("*",), skip:
     A state that lies inside a training program's checkpoint, and names with the prefixes of wrappers, are understood.
 
     Args:
-        path: safetensors, or what torch.save wrote; nothing in it is executed.
+        path: safetensors, or what torch.save wrote; nothing in it is executed. Or a directory with a model.
         only, skip: patterns of the names to take, and of those among them to leave as they are.
 
     Returns:
@@ -93,6 +101,7 @@ def load_plain(model: nn.Module, path: Path, only: Sequence[str] = ("*",), skip:
     wanted = [name for name in ours if _matches(name, only) and not _matches(name, skip)]
     if not wanted:
         raise CheckpointError(f"no parameter is named like {', '.join(only)} and not like {', '.join(skip) or 'none'}")
+    path = weights_file(path)
     state, words = _unwrapped(_read(path), ours)
     state = {name: value for name, value in state.items() if _matches(name, only) and not _matches(name, skip)}
     problems = [f"it has no {name}" for name in wanted if name not in state]

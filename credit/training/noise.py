@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def of_member(start: np.datetime64, member: int) -> tuple[int, int]:
+    """What the noise of a forecast from a time is for."""
+    return int(start.astype("datetime64[m]").astype(int)), member
 
 
 @dataclass(frozen=True)
