@@ -205,6 +205,11 @@ class Parking(Live):
         self.moved += size
         self._here[storage._cdata] = weakref.ref(storage)
 
+    def fetch_all(self) -> None:
+        """Have everything here: after an error, of which a traceback may show tensors."""
+        for storage in [*self._known]:
+            self._fetch(storage)
+
     def keep(self, tensor: Tensor) -> None:
         """Leave it here from now on, as one of the caller's."""
         storage = tensor.untyped_storage()

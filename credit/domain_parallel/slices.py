@@ -117,7 +117,7 @@ class Sliced:
     parking: Parking
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, structure = tree_flatten(opened((args, kwargs)))
+        leaves, structure = tree_flatten(opened((args, kwargs), type(self.model).__name__))
         call = _Forward(self, leaves, structure)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
@@ -145,6 +145,7 @@ class Sliced:
         try:
             world.run(on_slice)
         except RankError as error:
+            self.parking.fetch_all()
             if error.alike is not None:
                 raise error.alike from None
             raise
