@@ -40,6 +40,7 @@ def gradients(name: str, given: dict[str, Any], bucket_bytes: int, early: bool) 
     def note(_: Tensor) -> None:
         under_way.append(ours.started)
 
+    note.__module__ = Gradients.__module__  # others' hooks may not see a rank's part of a gradient
     with patch.object(collectives, "BUCKET_BYTES", bucket_bytes), ExitStack() as hooks:
         ours = Gradients(model, mesh, given)
         for parameter in model.parameters():
