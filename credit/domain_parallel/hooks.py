@@ -113,6 +113,20 @@ def answer_parameter_hooks(root: nn.Module, group: RankGroup) -> None:
     _seen[root] = RemovableHandle.next_id
 
 
+def refuse_parameter_hooks(root: nn.Module) -> None:
+    """Where the gradient of each slice would be given to them, and then the whole one.
+
+    Raises:
+        DomainParallelError: if a parameter has a hook.
+    """
+    for name, parameter in root.named_parameters():
+        makers = [getattr(hook, "__module__", "") for hook in gradient_hooks(parameter).values()]
+        if not all(maker.startswith(_AS_THEY_ARE) for maker in makers):
+            raise DomainParallelError(
+                f"{name}: its hook would be given the gradient of each slice. Do what it does after the backward."
+            )
+
+
 def refuse_inner_backward() -> None:
     """Before any backward: one inside of a forward would find this rank's part of a gradient.
 

@@ -60,6 +60,10 @@ class Border:
         """The ranks that share a field."""
         return self.manager.group
 
+    def answer_hooks(self, root: nn.Module) -> None:
+        """See to the hooks that parameters have, before a forward."""
+        answer_parameter_hooks(root, self.group)
+
     def is_field(self, x: Any) -> bool:
         return isinstance(x, Tensor) and x.ndim >= 2 - self.shard_dim
 
@@ -70,7 +74,7 @@ class Border:
             DomainParallelError: on every rank, if the inputs do not fit together, or if the model draws random
                 numbers that are not the same on all ranks.
         """
-        answer_parameter_hooks(root, self.group)
+        self.answer_hooks(root)
         before = generator_states()
         leaves, structure = flattened((args, kwargs), class_name(root))
         kind = self.recorder.kind(root, leaves, structure) if self.recorder is not None else None

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from credit.domain_parallel.containers import closed, opened
 from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
 from credit.domain_parallel.generators import Generators
+from credit.domain_parallel.hooks import refuse_parameter_hooks
 from credit.domain_parallel.layers import DomainParallelRoot
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager, get_domain_parallel_manager
 from credit.domain_parallel.parking import Parking, place_for
@@ -99,6 +100,9 @@ def slice_model(
 
 class _SliceBorder(Border):
     """Gives what leaves as leaves, the length of the whole of each that is cut, and their structure."""
+
+    def answer_hooks(self, root: nn.Module) -> None:
+        refuse_parameter_hooks(root)
 
     def leave(self, output: Any, of: str = "a model on slices") -> tuple[list[Any], list[int | None], Any]:
         leaves, structure = tree_flatten(opened(output, of))

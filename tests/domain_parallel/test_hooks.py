@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from credit.domain_parallel import DomainParallelError, convert_to_domain_parallel, shard_tensor, verify_parity
+from credit.domain_parallel.slices import slices
 from credit.domain_parallel.thread_ranks import RankError
 from tests.domain_parallel import parity
 
@@ -117,3 +118,10 @@ def test_hooks_that_would_see_a_part_of_a_gradient_are_refused(threads, what) ->
         threads(2).run(late, what)
     assert {type(error) for error in caught.value.errors.values()} == {DomainParallelError}
     assert all(str(error).startswith(what) for error in caught.value.errors.values())
+
+
+def test_hooks_of_parameters_are_refused_on_slices() -> None:
+    model = Hooked()
+    hook_parameters(model)
+    with slices(model, 2), pytest.raises(DomainParallelError, match=r"^conv\.weight: its hook"):
+        model(torch.randn(2, 4, 13, 6))
