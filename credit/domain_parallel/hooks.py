@@ -15,12 +15,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.hooks import RemovableHandle
 
 from credit.domain_parallel.groups import RankGroup
 from credit.domain_parallel.manager import DomainParallelError
-from credit.domain_parallel.slab import group_inside, refuse
+from credit.domain_parallel.slab import ASKS, RULES, group_inside, is_slab, refuse
 from credit.domain_parallel.torch_private import accumulated_hooks, before_backward, gradient_hooks
 from credit.domain_parallel.whole_view import as_whole
 
@@ -71,10 +70,8 @@ def hooks_inside(root: nn.Module) -> Iterator[None]:
 def register_hook(self: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
     """`Tensor.register_hook`, of whole tensors inside of a converted model too."""
     self = as_whole(self)
-    if has_torch_function_unary(self):
-        return handle_torch_function(_register_hook, (self,), self, hook)
     group = group_inside()
-    return _register_hook(self, hook if group is None else _of_sum(hook, group))
+    return _register_hook(self, hook if group is None or is_slab(self) else _of_sum(hook, group))
 
 
 def _of_sum(hook: Callable[[Tensor], Tensor | None], group: RankGroup) -> Callable[[Tensor], Tensor | None]:
@@ -140,4 +137,8 @@ def refuse_inner_backward() -> None:
 def answer_hooks() -> None:
     """From now on hooks may be registered on whole tensors inside of a model. Elsewhere they do what they did."""
     Tensor.register_hook = register_hook  # type: ignore[method-assign]
+    RULES[register_hook] = RULES[
+        _register_hook
+    ]  # what torch hands over, to modes and slabs, is what it finds in Tensor
+    ASKS.add(register_hook)
     before_backward(refuse_inner_backward)

@@ -25,15 +25,21 @@ def of_nothing(x: Tensor) -> None:
 
 
 class Hooked(nn.Module):
-    """Hooks in its forward, on the mean over the globe or on a row."""
+    """Hooks in its forward, on a field, on its mean over the globe or on a row of it."""
 
-    def __init__(self, on_mean: Callable[[Tensor], Any] = of_nothing, on_row: Callable[[Tensor], Any] = of_nothing):
+    def __init__(
+        self,
+        on_mean: Callable[[Tensor], Any] = of_nothing,
+        on_row: Callable[[Tensor], Any] = of_nothing,
+        on_field: Callable[[Tensor], Any] = of_nothing,
+    ) -> None:
         super().__init__()
         self.conv, self.linear = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 4)
-        self.on_mean, self.on_row = on_mean, on_row
+        self.on_mean, self.on_row, self.on_field = on_mean, on_row, on_field
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
+        self.on_field(y)
         mean, row = y.mean((2, 3)), y[:, :, 3]
         self.on_mean(mean)
         self.on_row(row)
@@ -44,9 +50,16 @@ def hook(x: Tensor) -> None:
     x.register_hook(unit)
 
 
-@pytest.mark.parametrize("places", [{"on_mean": hook}, {"on_row": hook}])
-def test_a_hook_on_a_whole_tensor_is_given_its_whole_gradient(places) -> None:
-    assert verify_parity(Hooked(**places), (torch.randn(2, 4, 13, 6),), ranks=3).exact
+def hook_in_a_mode(x: Tensor) -> None:
+    """Whatever mode is on sees the call first, as that of torch.device does."""
+    with torch.device("cpu"):
+        hook(x)
+
+
+@pytest.mark.parametrize("how", [hook, hook_in_a_mode])
+@pytest.mark.parametrize("place", ["on_field", "on_mean", "on_row"])
+def test_a_hook_is_given_the_whole_gradient(place, how) -> None:
+    assert verify_parity(Hooked(**{place: how}), (torch.randn(2, 4, 13, 6),), ranks=3).exact
 
 
 def hooked_root() -> Hooked:
