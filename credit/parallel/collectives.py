@@ -248,6 +248,14 @@ def copies(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply what this rank holds of the gradients, in place."""
+    grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if grads and factor != 1:
+        foreach_mul_(grads, factor)
+
+
+@torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float | None,

@@ -159,10 +159,22 @@ def apply_ddp(model: nn.Module, dp_mesh: DeviceMesh | None, unused: Sequence[str
         )
     if not dist.is_initialized():
         return model
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(unused))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, _as_ddp_names_them(model, unused))
     # Buffers are not sent before each forward: rank 0's alone would count in a mean over samples.
     group = dp_mesh.get_group() if dp_mesh is not None else None
     return DistributedDataParallel(model, process_group=group, forward_sync_buffers=False)
+
+
+def _as_ddp_names_them(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Every name of these parameters: of each module that shares one, and with a dot before the outermost's own."""
+    meant = {id(model.get_parameter(name)) for name in names}
+    found = (
+        (path, name)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, parameter in module.named_parameters(recurse=False)
+        if id(parameter) in meant
+    )
+    return [*names, *(f"{path}.{name}" for path, name in found)]
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from credit.launch.contract import enforce_sampler_contract
 from credit.launch.job import Job, sole_writer
 from credit.launch.precision import in_words
 from credit.parallel.checkpoint import Checkpointer, newest_good_checkpoint
-from credit.parallel.collectives import all_sum, clip_grad_norm_, gather_objects, local, together
+from credit.parallel.collectives import all_sum, clip_grad_norm_, gather_objects, local, scale_gradients, together
 from credit.parallel.domain import get_raw_model
 from credit.parallel.ema import EMA
 from credit.parallel.look import StepBuffers
@@ -152,6 +152,9 @@ class TrainingRun:
         """One optimiser step; (global mean loss, gradient norm, learning rate)."""
         total = all_sum(self._backward(batch, step))
         self.gradients.reduce()
+        # Averages, of parts that add up. Not the loss is scaled: hooks and functions that clip gradients would see it.
+        flat = self.job.gradient_mesh
+        scale_gradients(self.model.parameters(), flat.size() if flat is not None else 1)
         clipped = clip_grad_norm_(self.model.parameters(), self.trainer.clip)
         # The one place where the host waits for the device: weights are not touched unless the norm is finite.
         loss, norm = torch.stack([total, clipped.to(total.dtype)]).tolist()
@@ -200,7 +203,6 @@ class TrainingRun:
 
         Steps of a rollout that are detached have a backward each, so that one is kept in memory at a time.
         """
-        ranks = self.job.gradient_mesh.size() if self.job.gradient_mesh is not None else 1
         share = torch.zeros((), dtype=torch.float64, device=self.job.device)
         at_once = 1 if self.trainer.rollout_detach else self.trainer.rollout
         parts, stages = self.trainer.accumulate, self.trainer.rollout // at_once
@@ -216,7 +218,7 @@ class TrainingRun:
                 for stage in range(stages):
                     with self.gradients.adding_up(last=(part, stage) == (parts - 1, stages - 1)):
                         loss = torch.stack(list(islice(losses, at_once))).sum() / self.trainer.batch_size
-                        (loss * ranks).backward()  # averaged over `ranks`, gradients are those of the global mean
+                        loss.backward()
                     share += loss.detach()
             buffers.end_part()
         buffers.end_step()

@@ -33,6 +33,14 @@ def same(found: tuple, wanted: tuple) -> None:
         np.testing.assert_allclose(found[1][name], value, rtol=1e-7, atol=1e-9, err_msg=name)
 
 
+@pytest.mark.parametrize(("data", "dp", "domain"), [("none", 1, 2), ("ddp", 2, 1), ("fsdp2", 1, 2)])
+def test_gradients_on_their_way_are_those_of_one_process(worlds, raw, tmp_path, data, dp, domain) -> None:
+    raw = with_model(raw, "Clipped")
+    wanted = losses_and_weights(on(raw, tmp_path / "one", "none", 1))
+    for found in worlds(2).run(losses_and_weights, on(raw, tmp_path / "other", data, domain)):
+        same(found, wanted)
+
+
 @pytest.mark.parametrize(
     ("data", "dp", "domain", "trainer"),
     [
