@@ -26,7 +26,7 @@ def computing_as(trainer: Trainer) -> Iterator[None]:
     fills = _determinism.fill_uninitialized_memory
     tf32 = trainer.precision == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
+    _convolve_in_tf32(tf32)
     if trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
@@ -35,9 +35,14 @@ def computing_as(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        _convolve_in_tf32(convolutions)
         torch.use_deterministic_algorithms(strict, warn_only=warns)
         _determinism.fill_uninitialized_memory = fills
+
+
+def _convolve_in_tf32(may: bool) -> None:
+    """Also where flags may not be assigned, as after an import of torch's own tests."""
+    torch.backends.cudnn.set_flags(_allow_tf32=may, _fp32_precision=None)
 
 
 def in_words(trainer: Trainer) -> str:

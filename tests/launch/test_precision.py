@@ -32,6 +32,7 @@ def settings() -> tuple[Any, ...]:
 )
 def test_settings_last_as_long_as_the_job(given, wanted, said, monkeypatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", False)  # as torch's own tests have it
     before, trainer = settings(), Trainer(epochs=1, batch_size=1, **given)
     with computing_as(trainer):
         assert settings() == wanted
