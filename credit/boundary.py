@@ -27,6 +27,11 @@ SILENT_S = 3.0
 """How long a failed rank that says nothing stays: launchers end all ranks with the first, and one has yet to speak."""
 LONGEST = 2000
 """Characters of a message of others that are shown: the file has them all."""
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+"""What torch says of a GPU and of the CPU, as a RuntimeError of one kind or another."""
+_LESS_MEMORY = (
+    "try --slices auto, trainer.accumulate or more domain ranks: `credit plan` says what each needs (docs/fit.md)"
+)
 _HERE = str(Path(__file__).parent) + os.sep
 _LIBRARIES = tuple(
     {os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
@@ -84,6 +89,8 @@ def explained(error: BaseException) -> CreditError:
         return CreditError(str(error))
     if isinstance(error, OSError):
         return CreditError(summary(error))
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY):
+        return CreditError(f"the memory does not suffice: {summary(error)}", fix=_LESS_MEMORY)
     return UnforeseenError(summary(error), fix=_leave_traceback(error))
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from credit import boundary
@@ -327,6 +328,17 @@ def fill(disk: Path, left: int) -> None:
     free = os.statvfs(disk)
     with filler.open("wb") as stream:
         stream.write(b"x" * max(free.f_bavail * free.f_frsize - left, 0))
+
+
+@pytest.mark.parametrize(
+    "allocate", [lambda: bytearray(2**62), lambda: torch.empty(2**60, dtype=torch.uint8)], ids=["python", "torch"]
+)
+def test_memory_that_does_not_suffice_is_no_bug(allocate, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(boundary, "_speaks", lambda *_: True)
+    assert bounded(allocate) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("credit: error: the memory does not suffice: ")
+    assert "; try --slices auto, trainer.accumulate or more domain ranks" in said
 
 
 @pytest.mark.parametrize(("lines", "code"), [(1, "0"), (10**6, "120")])
