@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from math import prod
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -29,7 +28,6 @@ __all__ = [
     "parse_parallelism_conf",
 ]
 
-_apart: WeakKeyDictionary[DeviceMesh, dict[tuple[str, ...], dist.ProcessGroup]] = WeakKeyDictionary()
 logger = logging.getLogger(__name__)
 __getattr__ = refused(__name__)
 
@@ -81,21 +79,18 @@ def gradient_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
 
 
 def group_apart(mesh: DeviceMesh, names: tuple[str, ...]) -> dist.ProcessGroup:
-    """A group along axes of the mesh for messages that may overtake others. Called by all ranks; made once a mesh."""
-    known = _apart.setdefault(mesh, {})
-    if names not in known:
-        axes = [(mesh.mesh_dim_names or ()).index(name) for name in names]
-        ranks = (
-            mesh.mesh.movedim(axes, [*range(-len(axes), 0)])
-            .flatten(-len(axes))
-            .reshape(-1, prod(mesh.shape[axis] for axis in axes))
-        )
-        timeout = group_timeout(mesh.get_group(names[0]), mesh.device_type)
-        group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
-        with together("meeting on the devices"):
-            _refuse(warm("apart " + " ".join(names), group, mesh.device_type, timeout.total_seconds()))
-        known[names] = group
-    return known[names]
+    """A new group along axes of the mesh, for messages that may overtake others. Called by all ranks."""
+    axes = [(mesh.mesh_dim_names or ()).index(name) for name in names]
+    ranks = (
+        mesh.mesh.movedim(axes, [*range(-len(axes), 0)])
+        .flatten(-len(axes))
+        .reshape(-1, prod(mesh.shape[axis] for axis in axes))
+    )
+    timeout = group_timeout(mesh.get_group(names[0]), mesh.device_type)
+    group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
+    with together("meeting on the devices"):
+        _refuse(warm("apart " + " ".join(names), group, mesh.device_type, timeout.total_seconds()))
+    return group
 
 
 def _meet(mesh: DeviceMesh, timeout: float) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -135,6 +136,7 @@ class Gradients:
     def __init__(self, model: nn.Module, mesh: DeviceMesh | None, conf: Conf) -> None:
         self._model, self._mesh, self._sharding = model, mesh, Sharding.of(conf)
         self._orders: dict[tuple[str, ...], list[int]] = {}
+        self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
         self._sums = self._new_sums()
 
     @property
@@ -167,8 +169,12 @@ class Gradients:
         for module in self._model.modules():  # a forward without a backward, in validation, leaves parameters gathered
             if isinstance(module, FSDPModule):
                 module.reshard()
-        found = _not_averaged(self._model, mesh, self._sharding)
-        return {axes: GradientSums(p, group_apart(mesh, axes), self._orders.get(axes)) for p, axes in found}
+        found = {}
+        for parameters, axes in _not_averaged(self._model, mesh, self._sharding):
+            if axes not in self._groups:
+                self._groups[axes] = group_apart(mesh, axes)
+            found[axes] = GradientSums(parameters, self._groups[axes], self._orders.get(axes))
+        return found
 
 
 def _not_averaged(

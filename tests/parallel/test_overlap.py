@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +18,7 @@ from credit.models import DOMAIN_CONVERTERS
 from credit.parallel import collectives, shard_spatial
 from credit.parallel.collectives import GradientSums, local
 from credit.parallel.fsdp2 import synchronize_gradients
+from credit.parallel.mesh import build_device_mesh
 from credit.parallel.parallelize import Gradients, parallelize, reduce_gradients
 from tests.parallel.curves import MODELS, conf, data, layout
 from tests.ranks import RankError
@@ -114,3 +116,18 @@ def started_after_validation() -> int:
 
 def test_parameters_that_validation_leaves_gathered_are_fsdp2s(worlds) -> None:
     assert worlds(2).run(started_after_validation) == [0, 0]
+
+
+def runs_of_which_one_rank_keeps_the_first() -> None:
+    kept = []
+    for _ in range(2):
+        mesh, _ = build_device_mesh({"data": "none", "tensor": 1, "domain": 2}, "cpu")
+        Gradients(nn.Linear(2, 2), mesh, conf("none", 1, 2))
+        kept.append(mesh if dist.get_rank() == 1 else None)
+        del mesh
+        gc.collect()
+
+
+def test_what_a_rank_still_holds_of_an_earlier_run_changes_nothing(worlds) -> None:
+    """Meshes that are equal are not one: a rank that found the earlier one's groups made none, and its peer waited."""
+    worlds(2).run(runs_of_which_one_rank_keeps_the_first, timeout=100)
