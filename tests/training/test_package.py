@@ -168,8 +168,20 @@ def test_code_of_others_is_imported_if_it_is_trusted(tmp_path) -> None:
 
 
 def test_what_is_no_model_is_refused(tmp_path) -> None:
+    nothing, nowhere = verify(tmp_path), verify(tmp_path / "no such place")
+    assert {(one.severity, one.fix) for one in (*nothing, *nowhere)} == {
+        ("error", "`credit export CONFIG DIR` writes one")
+    }
     for source, said in ((tmp_path, "does not hold a model"), ("no such place", "neither a directory nor")):
         with pytest.raises(CreditError, match=said):
             hub.from_pretrained(source)
     with pytest.raises(CreditError, match="holds no model"):
         hub.push(tmp_path, "me/model")
+
+
+def test_an_export_that_finds_no_checkpoint_leaves_nothing(tmp_path) -> None:
+    raw = conf(tmp_path / "run", write_zarr(tmp_path / "s.zarr", dataset()))
+    write_statistics(parse_config(raw))
+    with start_job(lambda: parse_config(raw)) as job, pytest.raises(CreditError, match="no checkpoint"):
+        export(job, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
