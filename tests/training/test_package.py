@@ -83,6 +83,10 @@ def test_it_is_pushed_and_gives_the_same_forecast_bit_for_bit(trained, tmp_path)
     history = said.config.data.history
     places = [int(np.flatnonzero(known.time.values == starts[0])[0]) - back for back in range(history)]
     fields = np.stack([[values(known, one, time=place) for one in said.channels[: said.state]] for place in places])
+    one = fields[None, :, :1]
+    for odd in (fields, one[..., :-1, :], np.repeat(one, said.state + 1, 2)):
+        with pytest.raises(CreditError, match="states are of shape"):
+            model.normalised(torch.from_numpy(odd))
     for member in range(said.config.forecast.members):
         steps = model.steps(model.normalised(torch.from_numpy(fields)[None]), starts, member)
         for lead, made in zip(range(wanted.sizes["lead_time"]), steps, strict=False):
