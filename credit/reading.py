@@ -1,7 +1,7 @@
 """Files that users and earlier runs have written, read whole: YAML and JSON, or an error that says what is wrong where.
 
-YAML is that of PyYAML's safe loader, with two differences: a key that stands twice in a block is refused, where the
-last would count; and 1e-3 is a number, as in YAML 1.2.
+YAML is that of PyYAML's safe loader, with three differences: a key that stands twice in a block is refused, where the
+last would count; so is a block within itself; and 1e-3 is a number, as in YAML 1.2.
 """
 
 from __future__ import annotations
@@ -22,12 +22,29 @@ LONGEST = 1_000_000
 class _Loader(yaml.SafeLoader):
     """Every mistake in a text is a YAMLError, with its line."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._open: list[str] = []  # anchors of the blocks that are being read
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
         except (ValueError, OverflowError, AttributeError, LookupError) as error:  # a 13th month, an int of 5000 digits
             value = str(node.value)[:40] if isinstance(node, yaml.ScalarNode) else "this"
             raise yaml.constructor.ConstructorError(None, None, f"{value}: {error}", node.start_mark) from None
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """None within itself: what walks through it would not end."""
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) and event.anchor in self._open:
+            raise yaml.constructor.ConstructorError(None, None, f"*{event.anchor} is within itself", event.start_mark)
+        is_block = isinstance(event, yaml.CollectionStartEvent) and event.anchor is not None
+        if is_block:
+            self._open.append(event.anchor)
+        composed = super().compose_node(parent, index)
+        if is_block:
+            self._open.remove(event.anchor)
+        return composed
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """As they stand in the text: what is merged into a block may stand there too."""

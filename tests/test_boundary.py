@@ -206,6 +206,7 @@ def test_a_module_of_the_users_that_cannot_be_imported(text, said, config, their
         (b"a: !!python/name:os.system x", "could not determine a constructor for the tag"),
         (b"[" * 100_000, "its blocks lie too deep in each other"),
         (b"a: *b", "found undefined alias 'b'"),
+        (b"a: &a\n  b: [*a]", "is not valid YAML in line 2, column 7: *a is within itself"),
         (b"a: b\x00", "is not valid YAML: unacceptable character #x0000"),
         (b"? [a]\n: 1", "is not valid YAML in line 1, column 3: found unhashable key"),
         (b"a" * 1_000_001, "is 1000001 characters long"),

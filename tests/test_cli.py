@@ -61,6 +61,7 @@ def test_the_whole_chain_in_one_process(tmp_path, monkeypatch, capsys) -> None:
     assert main(["score", "c.yaml"]) == 0
     assert "c_500        24 h" in capsys.readouterr().out
     assert main(["report", "c.yaml", "--to", "out/page.html"]) == 0
+    assert main(["report", "c.yaml", "--to", "out"]) == 2
     page = Path("out/page.html").read_text()
     Path("out/page.html").unlink()
     Path("out").rmdir()

@@ -8,6 +8,7 @@ from typing import Any
 from credit.bounds import file
 from credit.commands.parser import FILE
 from credit.commands.verb import add_verb, load
+from credit.errors import CreditError
 
 EXAMPLES = """examples:
   credit report configs/quickstart.yaml
@@ -31,6 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
     from credit.status import read_mesh
 
     config = load(arguments)
+    if arguments.to is not None and arguments.to.is_dir():
+        raise CreditError("is a directory", str(arguments.to), "name a file, such as report.html in it")
     mesh = read_mesh(config.run)
     rows = [] if mesh is None else traffic(config, mesh)
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
+from pydantic import model_validator
+
 from credit.config.fields import OF_THE_RUN, Block, Count, Flag, Processes, ProcessesOrNone
 
 
@@ -50,6 +52,14 @@ class Sharding(Block):
     """fsdp2: blocks whose parameters are gathered ahead of the one that computes."""
     fallback: Literal["gather", "refuse"] = "gather"
     """An operation that has no sharded form: computed on the whole field by every domain rank, or refused."""
+
+    @model_validator(mode="after")
+    def _precision(self) -> Self:
+        if self.dtype == "float64" and self.precision != "ieee":
+            raise ValueError(
+                f"precision: {self.precision} is of products of float32, and dtype: float64 has none: leave one out"
+            )
+        return self
 
     @classmethod
     def of(cls, conf: Self | Mapping[str, Any]) -> Self:

@@ -7,6 +7,7 @@ that is called by itself would take a shard for the whole.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -34,6 +35,31 @@ def make_buffers_whole(root: nn.Module) -> None:
                 if buffer.requires_grad:
                     _refuse(root, module, name)
                 buffers[name] = as_whole(whole(buffer)).clone()
+
+
+def make_attributes_whole(root: nn.Module, before: Mapping[str, Mapping[str, Any]]) -> None:
+    """To be called on all ranks after a forward of `root`: fields that it keeps as attributes become whole.
+
+    Args:
+        before: the attributes before the forward, by path and name.
+
+    Raises:
+        DomainParallelError: if one that is another now has a gradient, or is in a list or the like.
+    """
+    for path, module in root.named_modules():
+        for name, value in [*vars(module).items()]:
+            if name in _HIDDEN:
+                continue
+            if isinstance(value, list | tuple | dict) and any(isinstance(x, Slab) for x in tensors_in(value)):
+                raise DomainParallelError(
+                    f"{path or class_name(root)}.{name}: the forward kept a field there, in a {type(value).__name__}, "
+                    f"which is lost on slices. Keep it as an attribute or a buffer of its own, or return it."
+                )
+            if not isinstance(value, Tensor) or value is before.get(path, {}).get(name):
+                continue
+            if value.requires_grad:
+                _refuse(root, module, name)
+            setattr(module, name, as_whole(whole(value)).clone() if isinstance(value, Slab | WholeView) else value)
 
 
 def refuse_side_doors(root: nn.Module) -> None:

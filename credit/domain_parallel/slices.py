@@ -29,6 +29,7 @@ from credit.domain_parallel.manager import DomainParallelError, DomainParallelMa
 from credit.domain_parallel.parking import Parking, place_for
 from credit.domain_parallel.partition import Partition, PartitionError
 from credit.domain_parallel.root import Border
+from credit.domain_parallel.side_doors import make_attributes_whole
 from credit.domain_parallel.thread_ranks import RankError, ThreadWorld
 from credit.domain_parallel.torch_private import dispatch_modes, tree_flatten, tree_unflatten
 
@@ -82,8 +83,8 @@ def slice_model(
     parking: Parking | None = None,
 ) -> Sliced:
     """`slices` from now on."""
-    if number < 1:
-        raise ValueError(f"a model runs on one slice at least, not {number}")
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"a model runs on one slice at least, and on whole ones, not {number!r}")
     if number > 1 and (isinstance(model, DomainParallelRoot) or "forward" in vars(model)):
         raise DomainParallelError("slices take the plain model: this one is converted, or sliced, already")
     if parking is None:
@@ -131,6 +132,12 @@ class Sliced:
             outputs = call.run()
         return closed(tree_unflatten([*outputs], call.structure))
 
+    def __reduce__(self) -> Any:
+        """Refuses copies, and pickles: their forward would be that of the model that is on slices."""
+        raise DomainParallelError(
+            f"{type(self.model).__name__} is on slices: save its state_dict, or copy the model outside of `with slices`"
+        )
+
     def run(self, world: ThreadWorld, function: Callable[[], None]) -> None:
         """function() on every slice, in the caller's modes."""
         modes = [mode for mode in dispatch_modes() if hasattr(mode, "of_slice")]
@@ -171,7 +178,7 @@ class Sliced:
 
     @torch.no_grad()
     def take_over(self, part: nn.Module, before: dict[str, dict[str, Any]]) -> None:
-        """Buffers, and numbers among the attributes, as a forward of `part` has left them."""
+        """Buffers, and numbers and tensors among the attributes, as a forward of `part` has left them."""
         of_model = dict(self.model.named_modules())
         for path, theirs in part.named_modules():
             ours = of_model.get(path)
@@ -185,7 +192,10 @@ class Sliced:
                     self.parking.keep(buffer)
                     ours._buffers[name] = buffer
             for name, value in vars(theirs).items():
-                if isinstance(value, int | float) and value != before.get(path, {}).get(name, value):
+                if isinstance(value, Tensor) and value is not before.get(path, {}).get(name):
+                    self.parking.keep(value)
+                    setattr(ours, name, value)
+                elif isinstance(value, int | float) and value != before.get(path, {}).get(name, value):
                     setattr(ours, name, value)
 
 
@@ -241,8 +251,8 @@ class _Forward:
         manager = get_domain_parallel_manager()
         assert manager is not None
         part = sliced.part()
-        before = {path: dict(vars(module)) for path, module in part.named_modules()}
         model = sliced.convert(part, manager)
+        before = {path: dict(vars(module)) for path, module in part.named_modules()}
         border = vars(model)["_domain_border"]
         vars(model)["_domain_border"] = _SliceBorder(manager, border.shard_dim, border.fallback)
         given = [self._rows_of(x, rank) if isinstance(x, Tensor) else x for x in self._leaves]
@@ -254,6 +264,7 @@ class _Forward:
                 f"{type(sliced.model).__name__} changes in place what it is given, and slices have copies of that: "
                 f"clone it first in the forward"
             )
+        make_attributes_whole(part, before)
         self._gather(outputs, cut, structure, rank)
         if torch.is_grad_enabled():
             inputs = [x for x in given if isinstance(x, Tensor) and x.requires_grad]

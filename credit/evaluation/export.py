@@ -33,10 +33,8 @@ def export(job: Job, path: Path) -> dict[str, str]:
     """
     alone = bool(path.suffix)
     with together("writing a model"):
-        if not alone and job.is_first:
-            if path.exists():
-                raise CreditError("is there already", str(path), "remove it, or choose another directory")
-            path.mkdir(parents=True)
+        if not alone and job.is_first and path.exists():
+            raise CreditError("is there already", str(path), "remove it, or choose another directory")
     store, statistics = open_store(job)
     with together("opening the data"):
         fields = Fields(job.config, store, statistics, job.rows(store.grid.shape[0]))
@@ -44,6 +42,11 @@ def export(job: Job, path: Path) -> dict[str, str]:
     facts = run_facts(job.config, statistics, store.grid)
     newest = load_weights(job, model, facts)
     prefix = "model." if job.config.constraints else ""
+    with together("writing a model"):
+        if (
+            not alone and job.is_first
+        ):  # only now: an export without a checkpoint leaves nothing that the next one meets
+            path.mkdir(parents=True)
     export_plain(model, path if alone else path / WEIGHTS, prefix, facts)
     with together("writing a model"):
         if not alone and job.is_first:

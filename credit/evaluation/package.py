@@ -156,6 +156,9 @@ def read_certificate(directory: Path) -> dict[str, Any]:
         if not isinstance(certificate, dict) or written(certificate) != text:
             raise ValueError("a byte of it was changed")
         return certificate
+    except (FileNotFoundError, NotADirectoryError):
+        said = f"{directory} is no directory with a certificate"
+        raise CheckpointError(said, fix="`credit export CONFIG DIR` writes one") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no certificate: {error}", fix="export the model again") from None
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from credit.config.models import Custom
 from credit.data.grid import COS_ZENITH, cos_zenith
-from credit.errors import CheckpointError
+from credit.errors import CheckpointError, CreditError
 from credit.evaluation.forecast import advance
 from credit.evaluation.package import WEIGHTS, Described, refuse_changed
 from credit.models import build_model
@@ -72,8 +72,18 @@ class Trained(nn.Module):
 
         Args:
             states: in their own units, float32, (start, history, state channel, latitude, longitude); the newest first.
+
+        Raises:
+            CreditError: if they are of another shape; one channel would be taken for each.
         """
-        count = self.described.state
+        said, count = self.described, self.described.state
+        wanted = (said.config.data.history, count, *said.grid.shape)
+        if states.shape[1:] != wanted:
+            channels = ", ".join(channel.name for channel in said.channels[:count])
+            raise CreditError(
+                f"states are of shape {tuple(states.shape)}, and must be (start, {', '.join(map(str, wanted))})",
+                fix=f"give starts, states of history, the channels {channels}, latitudes and longitudes",
+            )
         scaled = (states.float() - self._mean[:count].float()) / self._std[:count].float()
         if self.described.mask is not None:
             scaled = scaled.nan_to_num(nan=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -321,6 +322,50 @@ def test_memory_whose_address_is_known_stays() -> None:
 # Refusals
 
 
+class Remembering(nn.Module):
+    """Adds what it made last, a field, and the means of that."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.conv, self.where, self.last, self.means = nn.Conv2d(3, 3, 3, padding=1), where, None, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.conv(x))
+        if isinstance(self.last, Tensor):
+            y = y + self.last.flip(-1) * self.means
+        kept = y if self.where == "graph" else y.detach()
+        self.last, self.means = [kept] if self.where == "list" else kept, y.detach().mean((2, 3), keepdim=True)
+        return y
+
+
+def test_what_a_forward_keeps_is_there_at_the_next() -> None:
+    x, model = torch.randn(2, 3, 7, 8, dtype=torch.float64), Remembering("attribute").double()
+    on_slices = copy.deepcopy(model)
+    wanted = [model(x) for _ in range(3)]
+    with slices(on_slices, 3):
+        found = [on_slices(x) for _ in range(3)]
+    assert on_slices.last.shape == (2, 3, 7, 8)
+    torch.testing.assert_close([*found, on_slices.last], [*wanted, model.last], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("where", "words"), [("list", "last: the forward kept a field there"), ("graph", "detach it")])
+def test_what_a_forward_keeps_and_slices_cannot_is_refused(where: str, words: str) -> None:
+    with slices(model := Remembering(where), 2), pytest.raises(DomainParallelError, match=words):
+        model(torch.randn(1, 3, 4, 8))
+
+
+def test_a_model_on_slices_is_not_copied() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1))
+    for of in (model, model[0]):
+        with slices(of, 2), pytest.raises(DomainParallelError, match="is on slices: save its state_dict"):
+            copy.deepcopy(model)
+        with slices(of, 2), pytest.raises(DomainParallelError, match="is on slices: save its state_dict"):
+            torch.save(model, io.BytesIO())
+    with slices(model[0], 2), slices(model, 2), pytest.raises(DomainParallelError, match="Conv2d is on slices"):
+        model(torch.randn(1, 3, 4, 8))
+    copy.deepcopy(model)
+
+
 class Changing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(2)
@@ -343,8 +388,9 @@ def test_what_slices_cannot_do_is_refused() -> None:
     with slices(model, 1) as parking:
         model(x)
     assert parking.peak == 0
-    with pytest.raises(ValueError, match="one slice at least"), slices(model, 0):
-        pass
+    for number in (0, 2.5, "2"):
+        with pytest.raises(ValueError, match="one slice at least"), slices(model, number):  # type: ignore[arg-type]
+            pass
 
 
 class Full(File):

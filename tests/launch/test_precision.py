@@ -58,3 +58,10 @@ def test_a_whole_config_of_others_may_say_amp(trainer, wanted) -> None:
 def test_another_kind_of_amp_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"trainer.precision: input should be 'ieee', 'tf32' or 'bf16', got 'fp16'"):
         Sharding.of({"trainer": {"amp": "fp16"}})
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_float64_has_no_products_to_round(precision) -> None:
+    """Plain ranks would round nothing, and FSDP2 parameters but not biases."""
+    with pytest.raises(ValueError, match=f"precision: {precision} is of products of float32.*leave one out"):
+        Trainer(epochs=1, batch_size=1, precision=precision, dtype="float64")

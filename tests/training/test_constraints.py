@@ -89,7 +89,7 @@ class Learnt(nn.Linear):
 
 
 def test_states_that_are_rounded_to_three_digits_satisfy_nothing(raw) -> None:
-    raw["trainer"]["precision"] = "bf16"
+    raw["trainer"] |= {"precision": "bf16", "dtype": "float32"}
     with pytest.raises(ConfigError, match="constraints hold within the rounding of a state"):
         parse_config(raw)
 

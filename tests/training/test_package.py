@@ -83,6 +83,10 @@ def test_it_is_pushed_and_gives_the_same_forecast_bit_for_bit(trained, tmp_path)
     history = said.config.data.history
     places = [int(np.flatnonzero(known.time.values == starts[0])[0]) - back for back in range(history)]
     fields = np.stack([[values(known, one, time=place) for one in said.channels[: said.state]] for place in places])
+    one = fields[None, :, :1]
+    for odd in (fields, one[..., :-1, :], np.repeat(one, said.state + 1, 2)):
+        with pytest.raises(CreditError, match="states are of shape"):
+            model.normalised(torch.from_numpy(odd))
     for member in range(said.config.forecast.members):
         steps = model.steps(model.normalised(torch.from_numpy(fields)[None]), starts, member)
         for lead, made in zip(range(wanted.sizes["lead_time"]), steps, strict=False):
@@ -168,8 +172,20 @@ def test_code_of_others_is_imported_if_it_is_trusted(tmp_path) -> None:
 
 
 def test_what_is_no_model_is_refused(tmp_path) -> None:
+    nothing, nowhere = verify(tmp_path), verify(tmp_path / "no such place")
+    assert {(one.severity, one.fix) for one in (*nothing, *nowhere)} == {
+        ("error", "`credit export CONFIG DIR` writes one")
+    }
     for source, said in ((tmp_path, "does not hold a model"), ("no such place", "neither a directory nor")):
         with pytest.raises(CreditError, match=said):
             hub.from_pretrained(source)
     with pytest.raises(CreditError, match="holds no model"):
         hub.push(tmp_path, "me/model")
+
+
+def test_an_export_that_finds_no_checkpoint_leaves_nothing(tmp_path) -> None:
+    raw = conf(tmp_path / "run", write_zarr(tmp_path / "s.zarr", dataset()))
+    write_statistics(parse_config(raw))
+    with start_job(lambda: parse_config(raw)) as job, pytest.raises(CreditError, match="no checkpoint"):
+        export(job, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
