@@ -43,9 +43,7 @@ def export(job: Job, path: Path) -> dict[str, str]:
     newest = load_weights(job, model, facts)
     prefix = "model." if job.config.constraints else ""
     with together("writing a model"):
-        if (
-            not alone and job.is_first
-        ):  # only now: an export without a checkpoint leaves nothing that the next one meets
+        if not alone and job.is_first:  # not before: an export without a checkpoint leaves nothing behind
             path.mkdir(parents=True)
     export_plain(model, path if alone else path / WEIGHTS, prefix, facts)
     with together("writing a model"):
