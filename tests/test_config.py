@@ -43,6 +43,8 @@ def test_there_are_configs() -> None:
         ("data.step", "6 hours", "data.step: '6 hours' is not a duration; write it like"),
         ("data.train", ["2020-02-01", "2020-01-01"], "data.train: the period starts at 2020-02-01"),
         ("data.test", ["2020-01-03", "2020-01-11"], "data: train and test share times"),
+        ("trainer.slices", 0, "trainer.slices: must be auto, or a number from 1 to "),
+        ("trainer.slices", "four", "trainer.slices: must be auto, or a number from 1 to "),
         ("data.missing", {"a": "ask"}, "data.missing.a: must be a number of at most 1e+30, or mask, got 'ask'"),
         ("data.missing", {"a": float("nan")}, "data.missing.a: must be a number of at most 1e+30, or mask, got nan"),
         ("model.width", 6, "model: groups 2 does not divide width 6"),

@@ -81,6 +81,15 @@ def _is_a_value_or_mask(given: Any) -> Any:
 
 ValueOrMask = Annotated[float | Literal["mask"], BeforeValidator(_is_a_value_or_mask)]
 """A union's own words would name the kinds of pydantic."""
+
+
+def _is_a_number_or_auto(given: Any) -> Any:
+    if given != "auto" and not (type(given) is int and 1 <= given <= MOST_PROCESSES):
+        raise ValueError(f"must be auto, or a number from 1 to {MOST_PROCESSES}, got {reprlib.repr(given)}")
+    return given
+
+
+ProcessesOrAuto = Annotated[Literal["auto"] | Processes, BeforeValidator(_is_a_number_or_auto)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
 """A name or a path: one line, of something."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import model_validator
 
-from credit.config.fields import OF_THE_RUN, Block, Count, Flag, Processes, ProcessesOrNone
+from credit.config.fields import OF_THE_RUN, Block, Count, Flag, ProcessesOrAuto, ProcessesOrNone
 
 
 class Parallelism(Block):
@@ -41,7 +41,7 @@ class Sharding(Block):
     record: Flag = False
     """Write down, once, what a model that is cut by tensor or domain does in a step, and replay it: the same bits with
     less work in Python. It takes seconds to minutes first. Not with fsdp2."""
-    slices: Literal["auto"] | Processes = 1
+    slices: ProcessesOrAuto = 1
     """Latitude slices that take turns on one device, each with the memory of one: the same numbers from a device that
     the model does not fit. auto: as few as fit its free memory. Without tensor, domain, fsdp2, compile and record."""
     shard_over: Literal["dp_domain", "dp"] = "dp_domain"
