@@ -185,6 +185,11 @@ class Custom(BaseModel):
     """The dotted path."""
 
 
+def class_path(model: OwnModel | Custom) -> str:
+    """The dotted path of a model's nn.Module."""
+    return model.name if isinstance(model, Custom) else model.path
+
+
 def _kind(block: Any) -> str | None:
     """The tag of a `model` block, by its name."""
     name = block.get("name") if isinstance(block, dict) else getattr(block, "name", None)

@@ -22,14 +22,13 @@ from safetensors.torch import load_file, save_file
 
 import credit
 from credit.config import Config, parse_config
-from credit.config.models import Custom
+from credit.config.models import class_path
 from credit.data.climatology import ForcingClimatology
 from credit.data.dataset import Fields
 from credit.data.grid import Grid
 from credit.data.store import Channel
 from credit.errors import CheckpointError
 from credit.files import rename_synced, write_atomically
-from credit.models import MODELS
 from credit.parallel.weights import WEIGHTS
 
 CONFIG, FIELDS, FORCINGS, CERTIFICATE = "config.json", "fields.safetensors", "forcings.nc", "certificate.json"
@@ -84,7 +83,7 @@ def write_package(directory: Path, fields: Fields, units: dict[str, str]) -> Non
     said = {
         "format": 1,
         "credit": credit.__version__,
-        "class": config.model.name if isinstance(config.model, Custom) else _path_of(MODELS[config.model.name]),
+        "class": class_path(config.model),
         "call": [fields.input_channels, len(names), list(grid.shape)],
         "arguments": config.model.model_dump(mode="json", exclude={"name"}),
         "channels": {
@@ -124,10 +123,6 @@ def _read_forcings(path: Path) -> ForcingClimatology | None:
         return None
     with xr.open_dataset(path, engine="netcdf4") as dataset:
         return ForcingClimatology(dataset["means"].load())
-
-
-def _path_of(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def digest_of(path: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from credit.config.models import MODELS, Custom, Model
+from credit.config.models import MODELS, Custom, Model, class_path
 from credit.domain_parallel import DomainParallelPeriodicConv2d, SharedHalo
 from credit.dotted import load_dotted
 from credit.errors import ConfigError
@@ -32,7 +32,7 @@ def build_model(
             model of the package is not for regions.
         ValueError: if the model does not fit the grid.
     """
-    kind = load_model_class(conf.name if isinstance(conf, Custom) else conf.path)
+    kind = load_model_class(class_path(conf))
     arguments = conf.model_dump(exclude={"name"})
     if isinstance(conf, Custom):
         _check_arguments(conf.name, kind, arguments)
