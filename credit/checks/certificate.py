@@ -13,15 +13,13 @@ from typing import Any
 import torch
 
 import credit
-from credit.checks.parity import TOLERANCES, place_in
+from credit.checks.parity import parity_on_threads
 from credit.domain_parallel import DomainParallelError
-from credit.domain_parallel.parity import verify_parity_at
 from credit.errors import CreditError
-from credit.evaluation.package import CERTIFICATE, FILES, changed_files, digest_of, read_certificate, written
+from credit.evaluation.package import CERTIFICATE, CONFIG, FILES, changed_files, digest_of, read_certificate, written
 from credit.evaluation.trained import Trained
 from credit.files import write_atomically
 from credit.findings import Finding
-from credit.models import DOMAIN_CONVERTERS
 
 MESHES = ((1, 2), (1, 3))
 """Ranks of (tensor, domain) that are tried by default."""
@@ -37,7 +35,8 @@ def certify(directory: Path, facts: dict[str, str], meshes: Sequence[tuple[int, 
     Raises:
         CreditError: if the model is not exact on one of the meshes; there is no certificate then.
     """
-    parity = [_parity(directory, mesh, trust) for mesh in meshes]
+    trained = Trained(directory, trust)
+    parity = [_parity(trained, mesh) for mesh in meshes]
     for one in parity:
         if not one["exact"]:
             raise CreditError(f"not exact with tensor {one['tensor']}, domain {one['domain']}: off by {_worst(one)}")
@@ -75,14 +74,21 @@ def verify(directory: Path, files_only: bool = False, trust: bool = False) -> It
     for name, here in versions().items():
         if certificate["versions"].get(name) != here:
             yield Finding("warning", name, f"certified with {certificate['versions'].get(name)}, and here is {here}")
-    for wanted in () if files_only else certificate["parity"]:
-        yield _repeated(directory, wanted, trust)
+    if files_only:
+        return
+    try:
+        trained = Trained(directory, trust)
+    except CreditError as error:
+        yield Finding.of(error, CONFIG)
+        return
+    for wanted in certificate["parity"]:
+        yield _repeated(trained, wanted)
 
 
-def _repeated(directory: Path, wanted: dict[str, Any], trust: bool) -> Finding:
+def _repeated(trained: Trained, wanted: dict[str, Any]) -> Finding:
     where = f"tensor {wanted['tensor']}, domain {wanted['domain']}"
     try:
-        found = _parity(directory, (wanted["tensor"], wanted["domain"]), trust)
+        found = _parity(trained, (wanted["tensor"], wanted["domain"]))
     except (CreditError, DomainParallelError) as error:
         return Finding("error", where, str(error))
     if found["errors"].keys() != wanted["errors"].keys():
@@ -91,23 +97,13 @@ def _repeated(directory: Path, wanted: dict[str, Any], trust: bool) -> Finding:
     return Finding("ok" if found["exact"] else "error", where, said)
 
 
-def _parity(directory: Path, mesh: tuple[int, int], trust: bool) -> dict[str, Any]:
+def _parity(trained: Trained, mesh: tuple[int, int]) -> dict[str, Any]:
     """The plain model with its weights, on one sample of random fields, in float64; ranks are threads."""
-    trained, (tensor, domain) = Trained(directory, trust), mesh
-    said = trained.described
+    said, (tensor, domain) = trained.described, mesh
     channels, _ = said.config.model_channels(said.state, len(said.channels) - said.state)
     generator = torch.Generator().manual_seed(said.config.trainer.seed)
     fields = torch.randn(1, channels, *said.grid.shape, dtype=torch.float64, generator=generator)
-    report = verify_parity_at(
-        lambda world: place_in(world, tensor, domain),
-        trained.model,
-        (fields,),
-        tensor * domain,
-        custom_converters=DOMAIN_CONVERTERS,
-        fallback=said.config.trainer.fallback,
-        tolerance=TOLERANCES["float64"],
-        seed=said.config.trainer.seed,
-    )
+    report = parity_on_threads(said.config, trained.model, fields, mesh)
     errors = {name: error if math.isfinite(error) else str(error) for name, error in report.errors.items()}
     return {"tensor": tensor, "domain": domain, "dtype": "float64", "exact": report.exact, "errors": errors}
 

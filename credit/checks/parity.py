@@ -43,7 +43,15 @@ def check_parity(config: Config, dtype: str = "float64") -> ParityReport:
         DomainParallelError: if something in the model is refused.
     """
     model, fields = _subject(config, choose_device(0), print)
-    tensor, domain = config.trainer.parallelism.tensor, config.trainer.parallelism.domain
+    parallelism = config.trainer.parallelism
+    return parity_on_threads(config, model, fields, (parallelism.tensor, parallelism.domain), dtype)
+
+
+def parity_on_threads(
+    config: Config, model: nn.Module, fields: Tensor, mesh: tuple[int, int], dtype: str = "float64"
+) -> ParityReport:
+    """`verify_parity` of a plain model, as the config says, on tensor x domain threads of this process."""
+    tensor, domain = mesh
     return verify_parity_at(
         lambda world: place_in(world, tensor, domain),
         model,

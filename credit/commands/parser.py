@@ -81,4 +81,5 @@ def add_parser(verbs: Any, name: str, summary: str, examples: str) -> Parser:
 def _nearest(word: str, known: dict[str, str], prefix: str = "") -> str:
     """A question, or nothing: which of the known is meant, by what is to be written."""
     near: Sequence[str] = difflib.get_close_matches(word, known, 2)
-    return f"did you mean {' or '.join(f'`{prefix} {known[one]}`'.replace('` ', '`') for one in near)}?" if near else ""
+    meant = (f"`{f'{prefix} {known[one]}'.strip()}`" for one in near)
+    return f"did you mean {' or '.join(meant)}?" if near else ""

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,7 +24,7 @@ from credit.domain_parallel.slab import ASKS, RULES, group_inside, is_slab, refu
 from credit.domain_parallel.torch_private import accumulated_hooks, before_backward, gradient_hooks
 from credit.domain_parallel.whole_view import as_whole
 
-_MODULES = (
+MODULE_HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks",
@@ -33,9 +34,6 @@ _MODULES = (
     "_backward_hooks",
 )
 """Where a module keeps its hooks."""
-
-_AS_THEY_ARE = ("credit.domain_parallel.", "credit.parallel.", "torch.")
-"""Modules whose hooks know of ranks."""
 
 _seen: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """How many hooks there had been when the parameters of a model were last looked at."""
@@ -47,8 +45,8 @@ _register_hook = Tensor.register_hook
 def take_inside(root: nn.Module) -> None:
     """From now on the hooks that `root` has run inside; those it gets later see shards, as who calls it does."""
     held = vars(root)
-    held["_hooks_inside"] = {name: held[name] for name in _MODULES}
-    held.update({name: OrderedDict() for name in _MODULES})
+    held["_hooks_inside"] = {name: held[name] for name in MODULE_HOOKS}
+    held.update({name: OrderedDict() for name in MODULE_HOOKS})
 
 
 def has_hooks_inside(root: nn.Module) -> bool:
@@ -59,7 +57,7 @@ def has_hooks_inside(root: nn.Module) -> bool:
 def hooks_inside(root: nn.Module) -> Iterator[None]:
     """While it lasts, `root` has the hooks that run inside, and no others."""
     held = vars(root)
-    outside = {name: held[name] for name in _MODULES}
+    outside = {name: held[name] for name in MODULE_HOOKS}
     held.update(held["_hooks_inside"])
     try:
         yield
@@ -74,9 +72,14 @@ def register_hook(self: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Remo
     return _register_hook(self, hook if group is None or is_slab(self) else _of_sum(hook, group))
 
 
+def _knows_of_ranks(hook: Any) -> bool:
+    """It is one of this package's, or of torch's."""
+    return getattr(hook, "__module__", "").startswith(("credit.domain_parallel.", "credit.parallel.", "torch."))
+
+
 def _of_sum(hook: Callable[[Tensor], Tensor | None], group: RankGroup) -> Callable[[Tensor], Tensor | None]:
     """`hook`, given the sum of the ranks' gradients; what it makes of that counts once."""
-    if getattr(hook, "__module__", "").startswith(_AS_THEY_ARE):
+    if _knows_of_ranks(hook):
         return hook
 
     @wraps(hook)
@@ -101,7 +104,7 @@ def answer_parameter_hooks(root: nn.Module, group: RankGroup) -> None:
         for key, hook in hooks.items():
             hooks[key] = _of_sum(hook, group)
         for hook in accumulated_hooks(parameter).values():
-            if not getattr(hook, "__module__", "").startswith(_AS_THEY_ARE):
+            if not _knows_of_ranks(hook):
                 raise DomainParallelError(
                     f"{name}: a hook is called after its gradient is accumulated, and would take this rank's part of "
                     f"the gradient for the whole. Do what it does after the backward; or give register_hook a "
@@ -117,8 +120,7 @@ def refuse_parameter_hooks(root: nn.Module) -> None:
         DomainParallelError: if a parameter has a hook.
     """
     for name, parameter in root.named_parameters():
-        makers = [getattr(hook, "__module__", "") for hook in gradient_hooks(parameter).values()]
-        if not all(maker.startswith(_AS_THEY_ARE) for maker in makers):
+        if not all(map(_knows_of_ranks, gradient_hooks(parameter).values())):
             raise DomainParallelError(
                 f"{name}: its hook would be given the gradient of each slice. Do what it does after the backward."
             )
@@ -137,8 +139,7 @@ def refuse_inner_backward() -> None:
 def answer_hooks() -> None:
     """From now on hooks may be registered on whole tensors inside of a model. Elsewhere they do what they did."""
     Tensor.register_hook = register_hook  # type: ignore[method-assign]
-    RULES[register_hook] = RULES[
-        _register_hook
-    ]  # what torch hands over, to modes and slabs, is what it finds in Tensor
+    # What torch hands over, to modes and to slabs, is what it finds in Tensor.
+    RULES[register_hook] = RULES[_register_hook]
     ASKS.add(register_hook)
     before_backward(refuse_inner_backward)

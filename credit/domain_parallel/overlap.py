@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, fx
 
 from credit.domain_parallel.nodes import changed, draws, has_effect, storage
+from credit.domain_parallel.wire import CALLS
 
 _ops = torch.ops.credit
 _START, _WAIT = _ops.start.default, _ops.wait.default
-_CALLS = (_START, _ops.all_reduce.default, _ops.all_gather.default)
+_CALLS = CALLS.keys() - {_WAIT}
 
 
 class Crossing(NamedTuple):

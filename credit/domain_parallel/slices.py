@@ -12,8 +12,8 @@ the slices' parts in their order.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from credit.domain_parallel.containers import closed, opened
 from credit.domain_parallel.convert import Converter, convert_to_domain_parallel
 from credit.domain_parallel.generators import Generators
-from credit.domain_parallel.hooks import refuse_parameter_hooks
+from credit.domain_parallel.hooks import MODULE_HOOKS, refuse_parameter_hooks
 from credit.domain_parallel.layers import DomainParallelRoot
 from credit.domain_parallel.manager import DomainParallelError, DomainParallelManager, get_domain_parallel_manager
 from credit.domain_parallel.parking import Parking, place_for
@@ -33,10 +33,7 @@ from credit.domain_parallel.side_doors import make_attributes_whole
 from credit.domain_parallel.thread_ranks import RankError, ThreadWorld
 from credit.domain_parallel.torch_private import dispatch_modes, tree_flatten, tree_unflatten
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-
-@contextmanager
 def slices(
     model: nn.Module,
     number: int,
@@ -45,8 +42,9 @@ def slices(
     custom_converters: Mapping[Any, Converter] | None = None,
     fallback: Literal["gather", "refuse"] = "gather",
     parking: Parking | None = None,
-) -> Iterator[Parking]:
-    """While it lasts, `model` runs on `number` slices that take turns on its device, and gives what it gives alone.
+) -> Sliced:
+    """From now on, or as a context while that lasts, `model` runs on `number` slices that take turns on its device, and
+    gives what it gives alone.
 
     On a GPU what waits rests in the host's memory; on a CPU, in a file without a name in TMPDIR. A second derivative
     is refused by torch. Buffers, numbers that a forward counts and the random generators end as after a plain forward.
@@ -57,32 +55,13 @@ def slices(
         shard_dim, custom_converters, fallback: as in `convert_to_domain_parallel`.
         parking: counts and moves what slices make; a new one by default.
 
-    Yields:
-        The parking: `peak` is the most bytes that slices had on the device at once, outputs included.
+    Returns:
+        A context, of the parking: `peak` is the most bytes that slices had on the device at once, outputs included.
 
     Raises:
         DomainParallelError: if the model is converted already; in a forward, what its conversion would refuse.
         PartitionError: in a forward, if a field has fewer rows than there are slices.
     """
-    sliced = slice_model(
-        model, number, shard_dim=shard_dim, custom_converters=custom_converters, fallback=fallback, parking=parking
-    )
-    try:
-        yield sliced.parking
-    finally:
-        vars(model).pop("forward", None)
-
-
-def slice_model(
-    model: nn.Module,
-    number: int,
-    *,
-    shard_dim: int = -2,
-    custom_converters: Mapping[Any, Converter] | None = None,
-    fallback: Literal["gather", "refuse"] = "gather",
-    parking: Parking | None = None,
-) -> Sliced:
-    """`slices` from now on."""
     if not isinstance(number, int) or number < 1:
         raise ValueError(f"a model runs on one slice at least, and on whole ones, not {number!r}")
     if number > 1 and (isinstance(model, DomainParallelRoot) or "forward" in vars(model)):
@@ -120,6 +99,13 @@ class Sliced:
     convert: Callable[[nn.Module, DomainParallelManager], nn.Module]
     shard_dim: int
     parking: Parking
+
+    def __enter__(self) -> Parking:
+        return self.parking
+
+    def __exit__(self, *error: object) -> None:
+        if vars(self.model).get("forward") is self:
+            del vars(self.model)["forward"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = tree_flatten(opened((args, kwargs), type(self.model).__name__))
@@ -172,7 +158,7 @@ class Sliced:
             name = type(self.model).__name__
             raise DomainParallelError(f"{name}: slices work on copies, and this cannot be copied: {error}") from None
         del vars(part)["forward"]
-        for name in _HOOKS:  # they are called around the whole
+        for name in MODULE_HOOKS:  # they are called around the whole
             getattr(part, name).clear()
         return part
 

@@ -17,7 +17,7 @@ import yaml
 from credit import __version__
 from credit.config import Config
 from credit.errors import DataError
-from credit.evaluation.score import nearest_to_a_day, whole_days
+from credit.evaluation.score import nearest_to_a_day, shown
 from credit.files import write_atomically
 from credit.status import read_status
 from credit.steps import in_words
@@ -124,9 +124,8 @@ def _channels(path: Path) -> list[Channel]:
             _lead(in_words(time), [row for row in each if row[head] == count])
             for time, count in zip(times, counts, strict=True)
         ]
-        shown = sorted({0, *whole_days(times), len(leads) - 1})
         day = leads[nearest_to_a_day(times)]
-        found.append(Channel(name, units, [leads[place] for place in shown], day))
+        found.append(Channel(name, units, [leads[place] for place in shown(times)], day))
     return found
 
 

@@ -103,8 +103,8 @@ class Scores:
         return [in_words(lead) for lead in self.leads]
 
     def shown_leads(self) -> list[int]:
-        """Places of every day, or year of months, and of the first and last lead."""
-        return sorted({0, *whole_days(self.leads), len(self.leads) - 1})
+        """See `shown`."""
+        return shown(self.leads)
 
     def day(self) -> int:
         """Place of the lead nearest to a day, or to a month."""
@@ -168,6 +168,11 @@ def whole_days(leads: np.ndarray) -> list[int]:
     """Places of every day, or of months of every year."""
     round_number = np.timedelta64(*((12, "M") if of_months(leads) else (24, "h")))
     return np.flatnonzero(leads % round_number == leads - leads).tolist()
+
+
+def shown(leads: np.ndarray) -> list[int]:
+    """Places of every day, or year of months, and of the first and last lead."""
+    return sorted({0, *whole_days(leads), len(leads) - 1})
 
 
 def nearest_to_a_day(leads: np.ndarray) -> int:

@@ -136,10 +136,7 @@ class Planner:
             TensorParallelError, DomainParallelError: if the model cannot be laid out like this.
             ConfigError: if the batch does not divide over the replicas, or a rank would have no row.
         """
-        data, accumulate = self.sharding.parallelism.data, self.sharding.accumulate
-        samples, rest = divmod(self.work.samples, shape.dp * accumulate)
-        if rest:
-            raise ConfigError(f"batch_size {self.work.samples} does not divide by dp x accumulate {accumulate}")
+        data, samples = self.sharding.parallelism.data, self._samples(shape.dp)
         if shape.domain > self.field[1]:
             raise ConfigError(f"{self.field[1]} latitudes cannot be cut over domain: {shape.domain}")
         reduced = shape.dp * shape.domain
@@ -177,18 +174,11 @@ class Planner:
             DomainParallelError: if something in the model is refused.
             ConfigError: if the batch does not divide over the replicas.
         """
-        sharding, work = self.sharding, self.work
-        samples, rest = divmod(work.samples, replicas * sharding.accumulate)
-        if rest:
-            raise ConfigError(f"batch_size {work.samples} does not divide by dp x accumulate {sharding.accumulate}")
-        dtype = torch.bfloat16 if sharding.precision == "bf16" else getattr(torch, sharding.dtype)
+        sharding, work, samples = self.sharding, self.work, self._samples(replicas)
         channels, latitudes, longitudes = self.field
         with torch.device("meta"):
             model = self.build(latitudes)
-        blocks = fsdp_blocks(model)
-        if sharding.activation_checkpointing:
-            recompute_activations(blocks)
-        model.to(dtype)
+        blocks, dtype = self._prepared(model)
         stored = _Weights(model, blocks, sharding).stored
         batch = samples * work.members if is_training else 1
         x = torch.zeros(batch, channels, latitudes, longitudes, dtype=dtype, device="meta")
@@ -201,10 +191,28 @@ class Planner:
         memory = weights + kept * x.nbytes + meter.peak + parking.peak
         return SlicedCost(number, memory, parking.peak_parked, passes * parking.moved)
 
+    def _samples(self, replicas: int) -> int:
+        """Of one replica, in one part of a batch."""
+        parts = replicas * self.sharding.accumulate
+        samples, rest = divmod(self.work.samples, parts)
+        if rest:
+            raise ConfigError(
+                f"batch_size {self.work.samples} does not divide by dp x accumulate {self.sharding.accumulate}"
+            )
+        return samples
+
+    def _prepared(self, model: nn.Module) -> tuple[list[nn.Module], torch.dtype]:
+        """Its blocks, and the type that it computes in, which it has then."""
+        sharding, blocks = self.sharding, fsdp_blocks(model)
+        if sharding.activation_checkpointing:
+            recompute_activations(blocks)
+        dtype = torch.bfloat16 if sharding.precision == "bf16" else getattr(torch, sharding.dtype)
+        model.to(dtype)
+        return blocks, dtype
+
     def _simulate(self, tp: int, domain: int, samples: int, sharded: bool) -> _Simulated:
         """One forward and backward of a rank, on tensors without values."""
         sharding, work = self.sharding, self.work
-        dtype = torch.bfloat16 if sharding.precision == "bf16" else getattr(torch, sharding.dtype)
         channels, latitudes, longitudes = self.field
         rows = -(-latitudes // domain)
         channels_of = ChannelGroup(CountingRanks(0, tp))
@@ -216,10 +224,7 @@ class Planner:
         model = convert_to_domain_parallel(
             model, manager, custom_converters=self.converters, fallback=sharding.fallback
         )
-        blocks = fsdp_blocks(model)
-        if sharding.activation_checkpointing:
-            recompute_activations(blocks)
-        model.to(dtype)
+        blocks, dtype = self._prepared(model)
         x = torch.zeros(samples * work.members, channels, rows, longitudes, dtype=dtype, device="meta")
         with _gradients_leave(model) if sharded else nullcontext(), gathers_recorded() as gathers:
             meter = _measured(model, x, self.together)

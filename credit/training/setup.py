@@ -18,7 +18,7 @@ from credit.data.shared import Folder, SharedReads
 from credit.data.statistics import Statistics
 from credit.data.store import FieldStore
 from credit.domain_parallel.partition import Partition
-from credit.domain_parallel.slices import slice_model
+from credit.domain_parallel.slices import slices
 from credit.errors import ConfigError, CreditError, Stopped
 from credit.launch.job import Job
 from credit.layout import mesh_coords
@@ -148,7 +148,7 @@ def _cut_model(job: Job, fields: Fields, weights: InitFrom | None, is_training: 
     _refuse_unequal_weights(model)
     model = cut(model, job.mesh, config.trainer, job.manager, DOMAIN_CONVERTERS)
     number = choose_slices(job, (*channels, grid.shape), is_training)
-    slice_model(model, number, custom_converters=DOMAIN_CONVERTERS, fallback=config.trainer.fallback)
+    slices(model, number, custom_converters=DOMAIN_CONVERTERS, fallback=config.trainer.fallback)
     return model
 
 
