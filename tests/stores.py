@@ -95,3 +95,10 @@ def conf(run: Path, store: Path, **trainer: Any) -> dict[str, Any]:
         "trainer": {"epochs": 2, "batch_size": 4, **trainer},
         "forecast": {"lead": "24h"},
     }
+
+
+def with_forcing(data: xr.Dataset) -> xr.Dataset:
+    """`warmth`, which depends on the hour of the day and the place alone."""
+    hour = ((data.time - data.time.dt.floor("D")) / np.timedelta64(1, "h")).astype(np.float32)
+    field = hour * data.orography + data.latitude / 90
+    return data.assign(warmth=field.transpose("time", "latitude", "longitude").astype(np.float32))

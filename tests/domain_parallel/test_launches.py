@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from tests.domain_parallel.launches import compared, counted_here, overlap
-from tests.domain_parallel.test_recorded import MODELS
+from tests.domain_parallel.recordable import MODELS
 
 MOST = {"unet": (369, 625), "unet_diffusion": (747, 1238), "wxformer": (3217, 2808), "pangu": (527, 675)}
 """Of a rank of two, in a forward and in a backward: those that remain. To be lowered with them."""

@@ -18,7 +18,7 @@ from credit.config.models import MODELS
 from credit.domain_parallel import convert_to_domain_parallel, get_domain_parallel_manager, shard_tensor
 from credit.domain_parallel.thread_ranks import thread_ranks
 from credit.models import DOMAIN_CONVERTERS, load_model_class
-from tests.training.test_host_waits import SMALL
+from tests.models.kinds import SMALL
 
 RANKS, FACTOR, ROUNDING = 3, 1.5, 1e-6
 """Where the plain result is that of float32, so may be the sharded one's error."""

@@ -21,13 +21,10 @@ from credit.domain_parallel.manager import DomainParallelManager
 from credit.domain_parallel.root import Border
 from credit.domain_parallel.slab import observed
 from credit.models import DOMAIN_CONVERTERS
-from credit.models.pangu import Pangu
 from credit.models.spectral_norm import normalize_weights
-from credit.models.unet import UNet
-from credit.models.unet_diffusion import DiffusionUNet
-from credit.models.wxformer import WXFormer
 from credit.parallel.tensor_parallel import apply_tensor_parallel
 from tests.domain_parallel import parity
+from tests.domain_parallel.recordable import MODELS
 
 STEPS = 4
 """Of an optimiser: the first two run eagerly, and the second records."""
@@ -124,33 +121,6 @@ class _Said(logging.Handler):
 
     def emit(self, entry: logging.LogRecord) -> None:
         self.lines.append(entry.getMessage())
-
-
-def unet() -> nn.Module:
-    return UNet(4, 4, (16, 16), width=4, levels=1, groups=2)
-
-
-def diffusion() -> nn.Module:
-    return DiffusionUNet(4, 4, (16, 16), width=8, levels=1, blocks=1, heads=2)
-
-
-def wxformer() -> nn.Module:
-    widths = {"widths": (8, 16), "depths": (1, 1), "kernels": ((4, 8), (2, 4)), "strides": (2, 2)}
-    windows = {"local_window": 2, "global_windows": (4, 2), "head_width": 4, "padding": 4}
-    return WXFormer(4, 4, (24, 24), **widths, **windows, spectral_norm=True)
-
-
-def pangu() -> nn.Module:
-    shape = {"width": 4, "depth": 1, "coarse_depth": 1, "heads": 2, "window": (2, 3, 6), "patch": (2, 4, 4)}
-    return Pangu(4 * 2 + 2, 4 * 2 + 2, (48, 48), upper=4, levels=2, **shape)
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "unet": (unet, (1, 4, 16, 16)),
-    "diffusion": (diffusion, (1, 4, 16, 16)),
-    "wxformer": (wxformer, (1, 4, 24, 24)),
-    "pangu": (pangu, (1, 10, 48, 48)),
-}
 
 
 def check(results: list[tuple[list[bool], list[int], list[str]]]) -> None:

@@ -19,7 +19,7 @@ from credit.models.unet import UNet
 from credit.parallel.meters import Meter
 from tests.domain_parallel import parity
 from tests.domain_parallel.operators import OPERATORS, C, W
-from tests.models.test_matrix import pangu, unet_diffusion, wxformer
+from tests.models.kinds import FIELDS, filled, pangu, unet_diffusion, wxformer
 
 
 class Checked(Parking):
@@ -92,8 +92,6 @@ MODELS = {
 @pytest.mark.parametrize("number", [2, 3, 8])
 @pytest.mark.parametrize("name", MODELS)
 def test_slices_give_what_the_plain_model_gives(name: str, number: int) -> None:
-    from tests.models.test_matrix import FIELDS, filled
-
     build, shape = MODELS[name]
     torch.manual_seed(0)
     model = filled(build()).double()

@@ -9,36 +9,11 @@ from functools import cache
 from typing import Any
 
 import pytest
-from torch import Tensor, nn
+from torch import Tensor
 
-from credit.models.pangu import Pangu
-from credit.models.unet_diffusion import DiffusionUNet
-from credit.models.wxformer import WXFormer
 from tests.models import parity
-from tests.parallel.curves import CHANNELS, HEIGHT, MODES, SHAPES, WIDTH
-
-FIELDS: tuple[Any, ...] = (CHANNELS, CHANNELS, (HEIGHT, WIDTH))
-BLOCKS = {"kernels": ((4, 8), (2, 4)), "strides": (2, 2), "local_window": 2, "global_windows": (2, 2), "head_width": 2}
-
-
-def filled(model: nn.Module) -> nn.Module:
-    """With weights that are nowhere zero, so that every gradient counts."""
-    for parameter in model.parameters():
-        if parameter.count_nonzero() == 0:
-            nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def wxformer() -> nn.Module:
-    return filled(WXFormer(*FIELDS, widths=(16, 32), depths=(1, 1), ratio=2, groups=2, spectral_norm=True, **BLOCKS))
-
-
-def unet_diffusion() -> nn.Module:
-    return filled(DiffusionUNet(*FIELDS, 16, 1, 1, 8, 8))
-
-
-def pangu() -> nn.Module:
-    return filled(Pangu(*FIELDS, 1, 2, 16, 2, 2, 8, (2, 3, 2), (1, 2, 2)))
+from tests.models.kinds import pangu, unet_diffusion, wxformer
+from tests.parallel.curves import MODES, SHAPES
 
 
 @cache

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from credit.config import load_config, parse_config
 from credit.config.models import MODELS
 from credit.errors import ConfigError
 from credit.models import build_model, load_model_class
+from tests.models.kinds import SMALL
 from tests.models.parity import errors
 from tests.stores import conf, dataset, write_zarr
 
@@ -110,19 +110,6 @@ def test_arguments_are_part_of_the_config(own) -> None:
     assert config.digest != other.digest
     assert parse_config(other.to_dict()) == other
     assert build_model(other.model, 5, 2, (13, 16)).expand.out_channels == 5
-
-
-SMALL: dict[str, dict[str, Any]] = {
-    "wxformer": {
-        **{"widths": [8], "depths": [1], "kernels": [[4, 8]], "strides": [2], "global_windows": [2], "head_width": 4},
-        **{"local_window": 3, "ratio": 2, "groups": 2},
-    },
-    "pangu": {
-        **{"upper": 1, "levels": 2, "width": 12, "depth": 1, "coarse_depth": 1},
-        **{"window": [2, 3, 3], "patch": [1, 2, 2]},
-    },
-}
-"""In place of defaults that are large. A new block is tried with its own."""
 
 
 @pytest.mark.parametrize("name", MODELS)

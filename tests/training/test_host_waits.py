@@ -16,6 +16,7 @@ from credit.config.models import MODELS
 from credit.data.prepare import write_statistics
 from credit.launch.job import start_job
 from credit.training import train as training
+from tests.models.kinds import SMALL
 from tests.stores import conf, dataset, write_zarr
 from tests.training.runs import on
 from tests.waits import Waits
@@ -26,19 +27,6 @@ ON_HOST = {
     "domain_parallel/lengths.py:gather_numbers": "what domain ranks say of their shapes, between hosts",
     "domain_parallel/generators.py:torch_generator_state": "the CPU's generator",
     "torch/optim": "the number of the step; on the device where the optimiser is fused",
-}
-SMALL: dict[str, dict[str, Any]] = {
-    "unet": {"width": 4, "levels": 1, "groups": 2},
-    "unet_diffusion": {"width": 8, "levels": 2, "groups": 4, "heads": 2},
-    "transformer": {"width": 16, "depth": 2, "heads": 4, "window": 2, "ratio": 2},
-    "wxformer": {
-        **{"widths": [8, 16], "depths": [1, 1], "kernels": [[4, 8], [2, 4]], "strides": [2, 2], "local_window": 3},
-        **{"global_windows": [2, 3], "head_width": 4, "ratio": 2, "groups": 2, "spectral_norm": True},
-    },
-    "pangu": {
-        **{"upper": 1, "levels": 2, "width": 8, "depth": 1, "coarse_depth": 1, "heads": 2},
-        **{"window": [2, 3, 2], "patch": [2, 2, 2]},
-    },
 }
 assert SMALL.keys() == MODELS.keys()
 MESHES = [("none", 1, 1, 1), ("none", 1, 1, 2), ("ddp", 2, 1, 1), ("fsdp2", 1, 1, 2), ("none", 1, 2, 1)]

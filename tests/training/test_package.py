@@ -24,9 +24,9 @@ from credit.evaluation.export import export
 from credit.evaluation.forecast import forecast
 from credit.evaluation.package import CERTIFICATE, FILES
 from credit.launch.job import start_job
-from tests.stores import conf, dataset, write_zarr
+from credit.models import load_model_class
+from tests.stores import conf, dataset, with_forcing, write_zarr
 from tests.training.runs import curve, exported, on
-from tests.training.test_tomorrow import with_forcing
 
 KINDS: dict[str, dict[str, Any]] = {
     "history, diagnostics, statics, a constraint, float32": {
@@ -99,6 +99,12 @@ def test_it_is_pushed_and_gives_the_same_forecast_bit_for_bit(trained, tmp_path)
                     np.testing.assert_array_equal(found, there)
     with pytest.raises(CreditError, match="is there already"):
         hub.push(directory, tmp_path / "pushed")
+
+
+def test_the_class_it_names_is_that_of_the_model(trained) -> None:
+    _, _, directory = trained
+    named = json.loads((directory / "config.json").read_text())["class"]
+    assert load_model_class(named) is type(hub.from_pretrained(directory).model)
 
 
 def test_a_run_forecasts_with_a_directory_as_with_its_checkpoint(trained, tmp_path) -> None:

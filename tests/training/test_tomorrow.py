@@ -25,17 +25,10 @@ from credit.evaluation.plots import plot_map
 from credit.evaluation.score import score
 from credit.evaluation.series import series
 from credit.launch.job import start_job
-from tests.stores import START, conf, dataset, write_zarr
+from tests.stores import START, conf, dataset, with_forcing, write_zarr
 from tests.training.runs import curve, exported, on
 
 STEP = np.timedelta64(6, "h")
-
-
-def with_forcing(data: xr.Dataset) -> xr.Dataset:
-    """`warmth`, which depends on the hour of the day and the place alone."""
-    hour = ((data.time - data.time.dt.floor("D")) / np.timedelta64(1, "h")).astype(np.float32)
-    field = hour * data.orography + data.latitude / 90
-    return data.assign(warmth=field.transpose("time", "latitude", "longitude").astype(np.float32))
 
 
 @pytest.fixture(scope="module")
